@@ -1,0 +1,125 @@
+"""Put an adapter on a model: a PEFT model that any Trainer can train."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import nn
+
+from trivet.adapter.layers import adapted_layers
+from trivet.errors import AdapterError, ConfigError
+from trivet.methods import find_method
+
+_TASK_TYPES = {
+    "causal-lm": TaskType.CAUSAL_LM,
+    "seq2seq": TaskType.SEQ_2_SEQ_LM,
+    "classification": TaskType.SEQ_CLS,
+    "regression": TaskType.SEQ_CLS,
+}
+
+
+def attach(
+    model: Any,
+    *,
+    lora_rank: int = 8,
+    lora_alpha: float | None = None,
+    lora_dropout: float = 0.0,
+    target_modules: str | Sequence[str] = "all-linear",
+    task: str = "auto",
+    method: str = "lora",
+    seed: int = 42,
+) -> PeftModel:
+    """Attach a LoRA adapter; the model's outputs do not change until it is trained.
+
+    Args:
+        model: any transformers model. It is adapted in place; its own weights are frozen.
+        lora_rank: r, at least 1.
+        lora_alpha: the update is alpha / r * B A; None means 2 r, a scale of 2.
+        lora_dropout: probability of dropping an input of the adapter, 0 to 1.
+        target_modules: "all-linear" (every linear layer but the output head), or layer names.
+        task: causal-lm, seq2seq, classification or regression; `auto` reads it off the model's class.
+        method: a name from `trivet methods`.
+        seed: seeds the factors, independent of torch's global state.
+
+    Returns:
+        A `peft.PeftModel`. A classification or regression head is trained and saved with the adapter.
+
+    Raises:
+        ConfigError: no layer is called like that, or a value is out of range.
+        AdapterError: a target shares its weights with another layer, so it could not be merged or exported.
+    """
+    parts = find_method(method)
+    if isinstance(model, PeftModel):
+        raise ConfigError("the model already has an adapter; merge it first, or pass the base model")
+    if not 0 <= lora_dropout < 1:
+        raise ConfigError(f"lora_dropout must be at least 0 and below 1, not {lora_dropout}")
+    if isinstance(lora_rank, bool) or not isinstance(lora_rank, int) or lora_rank < 1:
+        raise ConfigError(f"lora_rank must be a whole number of at least 1, not {lora_rank!r}")
+    if task == "auto":
+        task = task_of(model)
+    rank = parts.part("rank")(lora_rank).start_rank
+    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+    heads = head_names(model) if task in ("classification", "regression") else []
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank if lora_alpha is None else lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=lora_dropout,
+        target_modules=targets,
+        task_type=_TASK_TYPES[task],
+        modules_to_save=heads or None,
+        exclude_modules=rf"(.*\.)?({'|'.join(map(re.escape, heads))})(\..*)?" if heads else None,
+    )
+    _check_targets(model, targets)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")  # PEFT sets it right for Conv1D by itself
+        try:
+            adapted = get_peft_model(model, config)
+        except ValueError as error:
+            raise ConfigError(f"model.target_modules {targets}: {error}") from error
+    parts.part("decompose")(adapted_layers(adapted), torch.Generator().manual_seed(seed))
+    return adapted
+
+
+def task_of(model: Any) -> str:
+    """What the model's class is built for."""
+    name, config = type(model).__name__, getattr(model, "config", None)
+    if "SequenceClassification" in name:
+        return "regression" if getattr(config, "problem_type", None) == "regression" else "classification"
+    if re.search(r"ForCausalLM|LMHeadModel$", name) and not getattr(config, "is_encoder_decoder", False):
+        return "causal-lm"
+    if getattr(config, "is_encoder_decoder", False):
+        return "seq2seq"
+    raise ConfigError(f"can't tell what to train {name} for; pass task=, one of {', '.join(_TASK_TYPES)}")
+
+
+def head_names(model: Any) -> list[str]:
+    """The parts of the model beside its pretrained body: classification heads, poolers outside the body."""
+    return [
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in child.parameters())
+    ]
+
+
+def _check_targets(model: Any, targets: str | list[str]) -> None:
+    """Refuse to adapt one of two layers that share a weight: merging would change the other."""
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    inputs = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    if isinstance(targets, str) or output is None or inputs is None or output.weight is not inputs.weight:
+        return
+    for name, module in model.named_modules():
+        if module in (output, inputs) and any(name == t or name.endswith(f".{t}") for t in targets):
+            raise AdapterError(
+                f"target {name}: input and output embeddings are tied in this model, so an adapter on one could not "
+                "be merged or exported; leave it out of target_modules"
+            )
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """How many numbers are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

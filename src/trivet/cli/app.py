@@ -1,0 +1,80 @@
+"""The `trivet` command: its verbs, and how errors end it (1: the run failed, 2: bad config or usage)."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from trivet.errors import ConfigError, TrivetError
+
+app = typer.Typer(
+    name="trivet",
+    help="Parameter-efficient fine-tuning of language models: LoRA that finds its own rank.",
+    epilog="Start with: trivet init config.yaml && trivet validate config.yaml && trivet train config.yaml",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class _State:
+    debug = False
+
+
+def verb(function: Callable[..., None]) -> Callable[..., None]:
+    """Errors as one clear line and an exit code; the traceback only with --debug."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except typer.Exit:
+            raise
+        except KeyboardInterrupt:
+            _fail("interrupted", 130)
+        except TrivetError as error:
+            _fail(str(error), error.exit_code, error)
+        except MemoryError as error:
+            _fail("out of memory; lower training.batch_size or data.max_length", 1, error)
+        except Exception as error:  # noqa: BLE001 - the last stop before the person
+            what = f"{type(error).__name__}: {error}"
+            _fail(f"unexpected {what}\nThis is not an error we foresaw; --debug shows where it comes from", 1, error)
+
+    return run
+
+
+def _fail(message: str, code: int, error: BaseException | None = None) -> None:
+    if _State.debug and error is not None:
+        raise error
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """(config file or None, key=value overrides) from the words of a command line."""
+    files = [a for a in arguments if "=" not in a]
+    if len(files) > 1:
+        raise ConfigError(f"one config file at most, not {' and '.join(files)}; overrides are written key=value")
+    return (Path(files[0]) if files else None), [a for a in arguments if "=" in a]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    if "--debug" in sys.argv:
+        sys.argv.remove("--debug")
+        _State.debug = True
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("trivet").setLevel(logging.INFO)
+    from trivet.cli import chat, evaluate, export, generate, init, merge, methods, train, validate
+
+    for module in (init, validate, train, evaluate, generate, chat, merge, export, methods):
+        module.register(app)
+    app()

@@ -1,0 +1,48 @@
+"""`trivet evaluate`: base and tuned side by side, on any data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trivet.cli.app import verb
+from trivet.cli.train import show
+
+
+def register(app: typer.Typer) -> None:
+    @app.command(epilog="Example: trivet evaluate runs/first --data data/test.jsonl --max-rows 100")
+    @verb
+    def evaluate(
+        adapter: Annotated[Path, typer.Argument(help="run folder or adapter folder")],
+        data: Annotated[str, typer.Option(help="file or hub id; default: the run's own test or validation rows")] = "",
+        max_rows: Annotated[int, typer.Option(min=1, help="at most so many rows")] = 1_000_000_000,
+        max_generate_rows: Annotated[int, typer.Option(min=1, help="write answers for at most so many rows")] = 200,
+        max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer, in tokens")] = 128,
+        batch_size: Annotated[int, typer.Option(min=1, help="rows per forward pass")] = 16,
+        no_generate: Annotated[bool, typer.Option("--no-generate", help="only what needs no written answer")] = False,
+        base_model: Annotated[str, typer.Option(help="where the adapter does not say which it belongs to")] = "",
+        output: Annotated[Path | None, typer.Option(help="also write the figures to this JSON file")] = None,
+    ) -> None:
+        """Measure base and tuned on the same rows, with 95% intervals; a run folder's result.json is updated."""
+        from trivet.evaluate.measure import Settings
+        from trivet.evaluation import evaluate_adapter
+
+        settings = Settings(
+            batch_size=batch_size,
+            generate=not no_generate,
+            max_generate_rows=max_generate_rows,
+            max_new_tokens=max_new_tokens,
+        )
+        evaluation, written = evaluate_adapter(
+            adapter,
+            data=data or None,
+            max_rows=max_rows,
+            settings=settings,
+            base_model=base_model or None,
+            output=output,
+        )
+        show(evaluation)
+        for path in written:
+            typer.echo(f"wrote {path}")

@@ -1,0 +1,60 @@
+"""`trivet validate`: everything that can be checked without training, and what the model will see."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trivet.cli.app import split_arguments, verb
+
+if TYPE_CHECKING:
+    from trivet.data.encode import Encoded
+
+
+def register(app: typer.Typer) -> None:
+    @app.command(epilog="Example: trivet validate config.yaml data.max_length=512")
+    @verb
+    def validate(
+        arguments: Annotated[list[str], typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="config and overrides")],
+        rows: Annotated[int, typer.Option(min=0, help="how many training rows to show")] = 2,
+    ) -> None:
+        """Check config, data and model without training; show the first rows with what is learned marked."""
+        from rich.console import Console
+
+        from trivet.configio import load
+        from trivet.memory import estimate
+        from trivet.run import planned_steps, prepare
+
+        path, overrides = split_arguments(arguments)
+        config = load(path, overrides)
+        ready = prepare(config, Console(highlight=False))
+        for index, row in enumerate(ready.train_rows[:rows]):
+            typer.echo(f"\nrow {index + 1}, as the model sees it; what is learned stands between « and »:")
+            typer.echo(marked(row, ready.session.tokenizer))
+        needed = estimate(
+            ready.session.model,
+            rows=config.training.batch_size,
+            length=ready.summary.longest,
+            checkpointing=config.training.gradient_checkpointing,
+        )
+        typer.echo(
+            f"\n{planned_steps(config, len(ready.train_rows)):,} steps; estimated memory at the longest rows: "
+            f"{needed.total / 2**30:.1f} GiB ({needed}). Nothing was trained or written; the config is valid."
+        )
+
+
+def marked(row: Encoded, tokenizer: Any) -> str:
+    """The row's text with its supervised part between « and »; a label stands behind an arrow."""
+    labels = row["labels"]
+    if not isinstance(labels, list):
+        return f"{tokenizer.decode(row['input_ids'])} → «{labels}»"
+    if len(labels) != len(row["input_ids"]) or all(x >= 0 for x in labels):  # encoder-decoder: source, then target
+        return f"{tokenizer.decode(row['input_ids'])} → «{tokenizer.decode(labels)}»"
+    parts, start = [], 0
+    for end in range(1, len(labels) + 1):
+        if end == len(labels) or (labels[end] < 0) != (labels[start] < 0):
+            text = tokenizer.decode(row["input_ids"][start:end])
+            parts.append(f"«{text}»" if labels[start] >= 0 else text)
+            start = end
+    return "".join(parts)

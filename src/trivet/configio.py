@@ -1,0 +1,290 @@
+"""Reading and writing configurations: strict, with the line of every mistake.
+
+`load` gives a frozen `Config` or a `ConfigError` that names file:line, the key and the nearest valid choice.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trivet.config import ALIASES, Config
+from trivet.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `3e-4` as a string; users mean a number (YAML 1.2 and JSON agree with them)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"""^(?:[-+]?(?:[0-9][0-9_]*)\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+
+        |[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
+        re.X,
+    ),
+    list("-+0123456789."),
+)
+
+#: A value and where it was written ("config.yaml:3", or "override model.name=…").
+Located = tuple[Any, str]
+
+
+def sections() -> dict[str, type]:
+    """The nested sections of `Config`, in order."""
+    hints = typing.get_type_hints(Config)
+    return {f.name: hints[f.name] for f in fields(Config) if is_dataclass(hints[f.name])}
+
+
+def keys() -> dict[str, tuple[Field, Any]]:
+    """Every settable key ("training.batch_size", "output_dir") with its field and type."""
+    found: dict[str, tuple[Field, Any]] = {}
+    hints = typing.get_type_hints(Config)
+    for top in fields(Config):
+        if is_dataclass(hints[top.name]):
+            inner = typing.get_type_hints(hints[top.name])
+            for f in fields(hints[top.name]):
+                found[f"{top.name}.{f.name}"] = (f, inner[f.name])
+        else:
+            found[top.name] = (top, hints[top.name])
+    return found
+
+
+def load(
+    path: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    values: Mapping[str, Any] | None = None,
+    start: Config | None = None,
+) -> Config:
+    """Read a config file (or `start` from a config), then apply `values` and `overrides` ("training.max_steps=20").
+
+    The keys of `values` may be dotted, bare or aliases.
+
+    Raises `ConfigError` for a missing file, bad YAML, an unknown key, a wrong type, or a value out of range.
+    """
+    settings: dict[str, Located] = {}
+    if start is not None:
+        settings = {name: (_get(start, name), "the config") for name in keys()}
+    if path is not None:
+        for key, value, where in _read(Path(path)):
+            _assign(settings, key, value, where)
+    later: dict[str, Located] = {}
+    for key, value in (values or {}).items():
+        _assign(later, key, value, f"argument {key}")
+    settings |= later
+    for text in overrides:
+        key, equals, raw = text.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override '{text}': write key=value, for example training.max_steps=20")
+        try:
+            value = yaml.load(raw, _Loader)  # noqa: S506 - a SafeLoader subclass
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override '{text}': the value is not valid YAML: {error}") from error
+        one: dict[str, Located] = {}
+        _assign(one, key.strip(), value, f"override '{text}'")
+        settings |= one
+    return _build(settings)
+
+
+def _get(config: Config, name: str) -> Any:
+    section, _, key = name.rpartition(".")
+    return getattr(getattr(config, section) if section else config, key)
+
+
+def _read(path: Path) -> list[tuple[str, Any, str]]:
+    """All leaves of the YAML file as (dotted key as written, value, "file:line")."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"config file {path}: no such file; `trivet init {path}` writes a commented one to start from"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path}: cannot be read as UTF-8 text: {error}") from error
+    loader = _Loader(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return []
+        if not isinstance(root, yaml.MappingNode):
+            raise ConfigError(f"{path}:1: a config is a mapping of sections such as `model:`, not a {type(root).__name__[:-4].lower()}")
+        found = []
+        for key, node, line in _items(root, loader, path):
+            if key in sections() and isinstance(node, yaml.MappingNode):
+                for inner, leaf, at in _items(node, loader, path):
+                    found.append((f"{key}.{inner}", loader.construct_object(leaf, deep=True), f"{path}:{at}"))
+            elif key in sections():
+                value = loader.construct_object(node, deep=True)
+                if value is not None:  # `data:` with nothing under it is an empty section
+                    names = ", ".join(f.name for f in fields(sections()[key])[:3])
+                    raise ConfigError(f"{path}:{line}: `{key}:` is a section with keys such as {names}, not {value!r}")
+            else:
+                found.append((key, loader.construct_object(node, deep=True), f"{path}:{line}"))
+        return found
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+    finally:
+        loader.dispose()
+
+
+def _items(node: yaml.MappingNode, loader: _Loader, path: Path) -> list[tuple[str, yaml.Node, int]]:
+    seen: dict[str, int] = {}
+    items = []
+    for key_node, value in node.value:
+        key, line = str(loader.construct_object(key_node)), key_node.start_mark.line + 1
+        if key in seen:
+            raise ConfigError(f"{path}:{line}: `{key}` is set twice, first on line {seen[key]}; keep one")
+        seen[key] = line
+        items.append((key, value, line))
+    return items
+
+
+def _assign(settings: dict[str, Located], key: str, value: Any, where: str) -> None:
+    """Resolve aliases and bare names, refuse what is unknown or given twice."""
+    name = canonical(key, where)
+    if name in settings:
+        raise ConfigError(f"{where}: `{key}` sets {name}, which {settings[name][1]} sets too; keep one")
+    settings[name] = (value, where)
+
+
+def canonical(key: str, where: str) -> str:
+    """Our dotted name for a key as the user wrote it; `ConfigError` with the nearest valid name otherwise."""
+    valid = keys()
+    if key in valid:
+        return key
+    bare = key.rpartition(".")[2]
+    prefix = key.rpartition(".")[0]
+    if prefix in ("", *sections()):
+        if bare in ALIASES:
+            return ALIASES[bare]
+        homes = [name for name in valid if name.endswith(f".{bare}")]
+        if len(homes) == 1:  # the key is ours but stands in another section, or flat at the top level
+            return homes[0]
+    if key in sections():
+        raise ConfigError(
+            f"{where}: `{key}` is a section; set one of its keys, such as {key}.{fields(sections()[key])[0].name}"
+        )
+    names = {name.rpartition(".")[2]: name for name in valid} | ALIASES
+    near = difflib.get_close_matches(bare, names, n=1, cutoff=0.5)
+    hint = (
+        f"did you mean {names[near[0]]}?"
+        if near
+        else f"`trivet init` shows every key; sections: {', '.join(sections())}"
+    )
+    raise ConfigError(f"{where}: unknown key `{key}`; {hint}")
+
+
+def _build(settings: Mapping[str, Located]) -> Config:
+    valid = keys()
+    values = {name: _check(name, *valid[name], value, where) for name, (value, where) in settings.items()}
+    parts: dict[str, Any] = {name: value for name, value in values.items() if "." not in name}
+    for section, cls in sections().items():
+        inside = {k.partition(".")[2]: v for k, v in values.items() if k.startswith(f"{section}.")}
+        parts[section] = cls(**inside)
+    return Config(**parts)
+
+
+def _check(name: str, f: Field, kind: Any, value: Any, where: str) -> Any:
+    """The value converted to the field's type, or a `ConfigError` that says what would be right."""
+    accepted, matched = _convert(kind, value)
+    if not matched:
+        raise ConfigError(
+            f"{where}: {name} is {_describe(kind)}, not {value!r} ({type(value).__name__}); {f.metadata['help']}"
+        )
+    choices = f.metadata["choices"]
+    if choices and accepted not in choices:
+        near = difflib.get_close_matches(str(accepted), choices, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"{where}: {name} can't be {accepted!r}; {hint}choices: {', '.join(choices)}")
+    least = f.metadata["at_least"]
+    if least is not None and isinstance(accepted, (int, float)) and not accepted >= least:
+        raise ConfigError(f"{where}: {name} must be at least {least:g}, not {accepted}")
+    return accepted
+
+
+def _convert(kind: Any, value: Any) -> tuple[Any, bool]:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        for option in arguments:
+            accepted, matched = _convert(option, value)
+            if matched:
+                return accepted, True
+        return value, False
+    if kind is type(None):
+        return None, value is None
+    if origin is list:
+        return (
+            (list(value), all(isinstance(v, arguments[0]) for v in value))
+            if isinstance(value, (list, tuple))
+            else (value, False)
+        )
+    if origin is dict:
+        return value, isinstance(value, dict) and all(isinstance(v, str) for kv in value.items() for v in kv)
+    if kind is bool:
+        return value, isinstance(value, bool)
+    if kind is int:
+        whole = isinstance(value, (int, float)) and not isinstance(value, bool) and float(value).is_integer()
+        return (int(value), True) if whole else (value, False)
+    if kind is float:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return (float(value), True) if number else (value, False)
+    if isinstance(value, Path):
+        value = str(value)
+    return value, isinstance(value, kind)
+
+
+def _describe(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    if kind in names:
+        return names[kind]
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(a) for a in arguments)
+    return "a list of texts" if origin is list else "a mapping of texts"
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested values, in the order of the schema."""
+    return asdict(config)
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML that `load` reads back to an equal `Config`."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=110)
+
+
+def template(**values: Any) -> str:
+    """A commented config with every key at its default, or at the dotted `values` given: what `trivet init` writes."""
+    given = {key.replace("__", "."): value for key, value in values.items()}
+    lines = [
+        "# trivet configuration. Every key has a default; keep what you change. Docs: docs/configuration.md",
+        "",
+    ]
+    hints = typing.get_type_hints(Config)
+    flat = [f for f in fields(Config) if f.name not in sections()]
+    for f in flat:
+        lines += _entry(f, f.name, given, "")
+    for section, cls in sections().items():
+        lines += ["", f"# {(hints[section].__doc__ or '').strip()}", f"{section}:"]
+        for f in fields(cls):
+            lines += _entry(f, f"{section}.{f.name}", given, "  ")
+    return "\n".join(lines) + "\n"
+
+
+def _entry(f: Field, name: str, given: Mapping[str, Any], indent: str) -> list[str]:
+    default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc,operator]
+    value = given.get(name, default)
+    text = yaml.safe_dump(value, default_flow_style=True, width=200).replace("\n...", "").strip()
+    choices = f.metadata["choices"]
+    about = f.metadata["help"] + (f" ({' | '.join(choices)})" if choices else "")
+    return [f"{indent}# {about}", f"{indent}{f.name}: {text}"]

@@ -1,0 +1,194 @@
+"""Files and hub data sets as raw rows, each with the place it came from.
+
+Formats of files: .jsonl .json .csv .tsv .parquet .txt, and each of these gzipped (.gz). What the columns mean is
+`detect`'s business.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from trivet.errors import ConfigError, DataError
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One raw row: column -> value, and where it stands ("train.jsonl:17")."""
+
+    values: dict[str, Any]
+    origin: str
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that could not be read: where, and why not."""
+
+    origin: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.origin}: {self.reason}"
+
+
+def read(source: str | Path, split: str = "train") -> Iterator[Row | BadRow]:
+    """Rows of a local file, or of `split` of a hub data set ("owner/name", "owner/name:config").
+
+    Raises `ConfigError` where there is no such file and `DataError` where a file cannot be read at all; single rows
+    that are wrong come out as `BadRow`, so that the caller decides between refusing and skipping.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        raise ConfigError(f"data {source}: is a folder; name its files ({', '.join(SUFFIXES)})")
+    if not path.exists():
+        if _looks_like_file(path):
+            raise ConfigError(f"data file {source}: no such file (looked in {path.absolute().parent})")
+        yield from _hub(str(source), split)
+        return
+    kind = file_kind(path)
+    try:
+        yield from _READERS[kind](path)
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"{source}: cannot be read as {kind[1:]}: {error}") from error
+
+
+def file_kind(path: Path) -> str:
+    """The suffix that tells how a file is written, `.gz` aside; `ConfigError` for one we can't read."""
+    suffixes = [s.lower() for s in path.suffixes]
+    if suffixes and suffixes[-1] == ".gz":
+        suffixes.pop()
+    if not suffixes or suffixes[-1] not in SUFFIXES:
+        raise ConfigError(f"data file {path}: unknown kind of file; trivet reads {', '.join(SUFFIXES)} (also .gz)")
+    return suffixes[-1]
+
+
+def _looks_like_file(path: Path) -> bool:
+    text = str(path)
+    return path.is_absolute() or text.startswith((".", "~")) or path.suffix.lower() in (*SUFFIXES, ".gz")
+
+
+def _open(path: Path) -> IO[str]:
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")
+
+
+def _jsonl(path: Path) -> Iterator[Row | BadRow]:
+    with _open(path) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            origin = f"{path}:{number}"
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                yield BadRow(origin, f"not valid JSON: {error.msg} at column {error.colno}")
+                continue
+            yield _object(value, origin)
+
+
+def _json(path: Path) -> Iterator[Row | BadRow]:
+    with _open(path) as file:
+        text = file.read()
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # JSON lines under the name .json are common
+            yield from _jsonl(path)
+            return
+        raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from error
+    if isinstance(value, dict):
+        lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
+        value = lists[0] if len(lists) == 1 else [value]  # {"data": [...]} is a common wrapping
+    if not isinstance(value, list):
+        raise DataError(f"{path}:1: expected a list of rows, found {type(value).__name__}")
+    for index, item in enumerate(value):
+        yield _object(item, f"{path}:row {index + 1}")
+
+
+def _object(value: Any, origin: str) -> Row | BadRow:
+    if not isinstance(value, dict):
+        return BadRow(origin, f"a row is a JSON object {{…}}, not {type(value).__name__}")
+    return Row(value, origin)
+
+
+def _table(delimiter: str) -> Callable[[Path], Iterator[Row | BadRow]]:
+    def rows(path: Path) -> Iterator[Row | BadRow]:
+        csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+        with _open(path) as file:
+            reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+            try:
+                for values in reader:
+                    origin = f"{path}:{reader.line_num}"
+                    if None in values:
+                        yield BadRow(origin, f"more cells than the header's {len(reader.fieldnames or ())} columns")
+                    elif None in values.values():
+                        yield BadRow(origin, f"fewer cells than the header's {len(reader.fieldnames or ())} columns")
+                    else:
+                        yield Row(dict(values), origin)
+            except csv.Error as error:
+                raise DataError(f"{path}:{reader.line_num}: not a valid table: {error}") from error
+
+    return rows
+
+
+def _parquet(path: Path) -> Iterator[Row | BadRow]:
+    import pyarrow
+    import pyarrow.parquet
+
+    content = path.read_bytes()
+    if path.suffix.lower() == ".gz":
+        content = gzip.decompress(content)
+    try:
+        table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not a valid parquet file: {error}") from error
+    for index, values in enumerate(table.to_pylist()):
+        yield Row(values, f"{path}:row {index + 1}")
+
+
+def _text(path: Path) -> Iterator[Row | BadRow]:
+    with _open(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield Row({"text": line.rstrip("\r\n")}, f"{path}:{number}")
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Row | BadRow]]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _table(","),
+    ".tsv": _table("\t"),
+    ".parquet": _parquet,
+    ".txt": _text,
+}
+
+
+def _hub(name: str, split: str) -> Iterator[Row | BadRow]:
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    identifier, _, config = name.partition(":")
+    try:
+        table = datasets.load_dataset(identifier, config or None, split=split)
+    except (
+        datasets.exceptions.DatasetsError,
+        HfHubHTTPError,
+        HFValidationError,
+        OSError,
+        ValueError,
+    ) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"data {name}: no local file of that name, and the hub data set (split {split}) cannot be loaded: {reason}"
+        ) from error
+    for index, values in enumerate(table):
+        yield Row({k: v for k, v in values.items() if v is not None}, f"{name}[{split}]:row {index + 1}")

@@ -1,0 +1,1 @@
+"""How is the update factored, and where do its factors start? One file per decomposition."""

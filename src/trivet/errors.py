@@ -1,0 +1,46 @@
+"""Errors, written for the person who reads them.
+
+Every error says what was being done, with which input, why not, and what to do. Each kind also inherits the standard
+library's nearest error, so that `except ValueError` in somebody's script keeps working.
+"""
+
+from __future__ import annotations
+
+
+class TrivetError(Exception):
+    """Anything trivet refuses or fails at on purpose. `exit_code` is what the command line ends with."""
+
+    exit_code = 1
+
+    def __str__(self) -> str:  # KeyError and OSError would otherwise add quotes or errno prefixes
+        return str(self.args[0]) if self.args else ""
+
+
+class ConfigError(TrivetError, ValueError):
+    """The configuration or the command is wrong: to be mended there, nothing was run."""
+
+    exit_code = 2
+
+
+class RunExistsError(ConfigError, FileExistsError):
+    """The output folder already holds a run and neither --resume nor --overwrite was given."""
+
+
+class DataError(TrivetError, ValueError):
+    """A data file cannot be read as rows of a known format; the message names file:line."""
+
+
+class ModelError(TrivetError, ValueError):
+    """A base model or tokenizer cannot be loaded or does not suit the task."""
+
+
+class AdapterError(TrivetError, ValueError):
+    """An adapter folder cannot be read, or does not fit its base model."""
+
+
+class ProofError(TrivetError, RuntimeError):
+    """What was saved does not compute what was trained."""
+
+
+class StorageError(TrivetError, OSError):
+    """The disk is full or a file cannot be written."""

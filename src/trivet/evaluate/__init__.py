@@ -1,0 +1,1 @@
+"""Evaluation: metrics, and base against tuned with paired bootstrap intervals."""

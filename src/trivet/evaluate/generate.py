@@ -1,0 +1,61 @@
+"""Answers written by the model, in batches of similar length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from trivet.data.batch import Collator, to_device
+from trivet.data.encode import Encoded
+
+
+@torch.inference_mode()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    *,
+    stop_ids: Sequence[int],
+    max_new_tokens: int = 128,
+    batch_size: int = 16,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    streamer: Any = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Continue each prompt (token ids) until a stop token or `max_new_tokens`; greedy at temperature 0.
+
+    Returns the new text only, special tokens left out, in the order of `prompts`.
+    """
+    from transformers import GenerationConfig
+
+    seq2seq = bool(model.config.is_encoder_decoder)
+    # Built from scratch: a checkpoint's own sampling settings must not leak into an evaluation.
+    start = getattr(model.generation_config, "decoder_start_token_id", None) if seq2seq else None
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        eos_token_id=list(stop_ids),
+        pad_token_id=tokenizer.pad_token_id,
+        decoder_start_token_id=start if start is not None else getattr(model.config, "decoder_start_token_id", None),
+        use_cache=True,
+        **({"temperature": temperature, "top_p": top_p} if temperature > 0 else {}),
+    )
+    collate = Collator(tokenizer.pad_token_id, side="right" if seq2seq else "left")
+    answers = [""] * len(prompts)
+    was_training = model.training
+    model.eval()
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    for first in range(0, len(order), batch_size):
+        indices = order[first : first + batch_size]
+        batch = to_device(collate([Encoded(input_ids=prompts[i]) for i in indices]), model.device)
+        out = model.generate(**batch, generation_config=settings, streamer=streamer)
+        new = out if seq2seq else out[:, batch["input_ids"].shape[1] :]
+        for index, text in zip(indices, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+            answers[index] = text.strip()
+        if progress is not None:
+            progress(len(indices))
+    model.train(was_training)
+    return answers

@@ -1,0 +1,177 @@
+"""Which metrics a data set gets, and the two sides of every evaluation: the base model and the tuned one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from trivet.data.batch import Collator
+from trivet.data.dataset import Dataset
+from trivet.data.encode import Encoded, LabelEncoder, TextEncoder, encode_dataset, references
+from trivet.evaluate.compare import Comparison, compare
+from trivet.evaluate.generate import generate
+from trivet.evaluate.metrics import (
+    Metric,
+    choice_metrics,
+    classification_metrics,
+    likelihood_metrics,
+    number_match,
+    regression_metrics,
+)
+from trivet.evaluate.score import head_scores, likelihood, without_ending
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to evaluate; see `trivet.config.EvaluationConfig`."""
+
+    batch_size: int = 16
+    generate: bool = True
+    max_generate_rows: int = 200
+    max_new_tokens: int = 128
+    resamples: int = 1000
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model's metrics, in groups over the same examples, and what it wrote or predicted for each example."""
+
+    groups: Sequence[Sequence[Metric]]
+    outputs: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Base and tuned side by side on one data set."""
+
+    comparisons: Sequence[Comparison]
+    predictions: Sequence[dict[str, Any]] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """`metrics` and `intervals` by side and name, and `n`, the number of examples behind each metric."""
+        out: dict[str, Any] = {"metrics": {}, "intervals": {}, "n": {}}
+        for comparison in self.comparisons:
+            part: dict[str, Any] = comparison.to_dict()
+            for kind in ("metrics", "intervals"):
+                for side, values in part[kind].items():
+                    out[kind].setdefault(side, {}).update(values)
+            out["n"] |= dict.fromkeys(comparison.metrics, comparison.n)
+        return out
+
+    def table(self) -> list[tuple[str, str, str, str, str]]:
+        """Printable rows: metric, base, tuned, difference with its interval, n."""
+        return [(*row, str(c.n)) for c in self.comparisons for row in c.table()]
+
+
+class Evaluator:
+    """Evaluates one model on one data set; encoded once, used for every side."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        encoder: TextEncoder | LabelEncoder,
+        *,
+        task: str,
+        shift: Callable[..., Any] | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        """`shift` makes an encoder-decoder's decoder inputs from its labels."""
+        self.dataset, self.encoder, self.task = dataset, encoder, task
+        self.settings = settings or Settings()
+        self.collator = Collator(encoder.tokenizer.pad_token_id, shift=shift)
+        self.rows, self.summary = encode_dataset(dataset, encoder)
+        answered = [e for e in dataset if e.text is None] if isinstance(encoder, TextEncoder) else []
+        choosing = dataset.format == "multiple-choice"
+        self.asked = answered[: self.settings.max_generate_rows] if self.settings.generate and not choosing else []
+
+    def measure(self, model: Any, progress: Callable[[int], None] | None = None) -> Side:
+        """Metrics of `model` as it is now."""
+        if isinstance(self.encoder, LabelEncoder):
+            return self._measure_head(model)
+        size = self.settings.batch_size
+        scored = likelihood(model, self.rows, self.collator, task=self.task, batch_size=size)
+        groups = [likelihood_metrics(scored.nll, scored.tokens, scored.correct)]  # type: ignore[arg-type]
+        if self.dataset.format == "multiple-choice":
+            picked = self._choose(model, self.encoder)
+            groups.append(choice_metrics([p == e.answer for p, e in zip(picked, self.dataset, strict=True)]))
+            texts = [e.choices[p] for p, e in zip(picked, self.dataset, strict=True)]
+            return Side(groups, texts)
+        if not self.asked:
+            return Side(groups)
+        texts = generate(
+            model,
+            self.encoder.tokenizer,
+            [self.encoder.prompt_ids(e, self.settings.max_new_tokens) for e in self.asked],
+            stop_ids=self.encoder.stop_ids(),
+            max_new_tokens=self.settings.max_new_tokens,
+            batch_size=size,
+            progress=progress,
+        )
+        from trivet.evaluate.text_metrics import text_metrics
+
+        written = text_metrics(texts, [list(references(e)) for e in self.asked])
+        if all(e.number is not None for e in self.asked):
+            written.append(number_match(texts, [str(e.number) for e in self.asked]))
+        return Side([*groups, written], texts)
+
+    def _measure_head(self, model: Any) -> Side:
+        scores = head_scores(model, self.rows, self.collator, batch_size=self.settings.batch_size)
+        gold = np.array([row["labels"] for row in self.rows])
+        names = self.encoder.labels if isinstance(self.encoder, LabelEncoder) else None
+        if names is None:
+            values = scores[:, 0]
+            return Side([regression_metrics(values.tolist(), gold.tolist())], [f"{v:.4g}" for v in values])
+        picked = scores.argmax(1)
+        top = scores.max(1, keepdims=True)
+        nll = np.log(np.exp(scores - top).sum(1)) + top[:, 0] - scores[np.arange(len(gold)), gold]
+        loss = likelihood_metrics(nll.tolist(), [1] * len(gold), (picked == gold).tolist())[0]
+        metrics = [loss, *classification_metrics(picked.tolist(), gold.tolist(), len(names))]
+        return Side([metrics], [names[i] for i in picked])
+
+    def _choose(self, model: Any, encoder: TextEncoder) -> list[int]:
+        """The choice with the highest log-likelihood per UTF-8 byte (lm-evaluation-harness's acc_norm)."""
+        rows: list[Encoded] = []
+        for example in self.dataset:
+            for choice in example.choices:
+                encoded, _ = encoder.encode(replace(example, completion=choice))
+                rows.append(without_ending(encoded[0]))
+        scored = likelihood(model, rows, self.collator, task=self.task, batch_size=self.settings.batch_size)
+        picked, first = [], 0
+        for example in self.dataset:
+            lengths = np.array([len(choice.encode()) for choice in example.choices])
+            per_byte = -scored.nll[first : first + len(lengths)] / lengths
+            picked.append(int(per_byte.argmax()))
+            first += len(lengths)
+        return picked
+
+    def side_by_side(self, model: Any, progress: Callable[[int], None] | None = None) -> Evaluation:
+        """Measure `model` (a PeftModel) with its adapter off (base) and on (tuned), on the same examples."""
+        with model.disable_adapter():
+            base = self.measure(model, progress)
+        tuned = self.measure(model, progress)
+        comparisons = [
+            compare(before, after, resamples=self.settings.resamples)
+            for before, after in zip(base.groups, tuned.groups, strict=True)
+        ]
+        return Evaluation(comparisons, self._predictions(base.outputs, tuned.outputs))
+
+    def _predictions(self, base: Sequence[str], tuned: Sequence[str]) -> list[dict[str, Any]]:
+        out = []
+        for example, before, after in zip(self.asked or self.dataset, base, tuned, strict=False):
+            if isinstance(self.encoder, LabelEncoder):
+                asked: dict[str, Any] = {"text": example.text, "text_pair": example.text_pair, "label": example.label}
+            elif example.choices:
+                asked = {"prompt": example.prompt, "choices": example.choices, "answer": example.completion}
+            else:
+                asked = {"prompt": self.encoder.prompt_text(example), "references": references(example)}
+            out.append({**{k: v for k, v in asked.items() if v is not None}, "base": before, "tuned": after})
+        return out
+
+
+def write_predictions(predictions: Sequence[dict[str, Any]]) -> str:
+    """JSON lines: the prompt, the gold answers, and what base and tuned wrote."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)

@@ -1,0 +1,71 @@
+"""What a model gives to rows whose answer is known: likelihoods of tokens, or class scores. Forward passes only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from trivet.data.batch import Collator, to_device
+from trivet.data.encode import IGNORE, Encoded
+from trivet.loss import token_losses
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Per row: summed negative log-likelihood in nats, supervised tokens, and how many of them came first."""
+
+    nll: np.ndarray
+    tokens: np.ndarray
+    correct: np.ndarray
+
+
+def _batches(rows: Sequence[Encoded], size: int) -> Iterator[list[int]]:
+    """Row indices, longest rows first: little padding, and memory trouble shows at once."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+@torch.inference_mode()
+def likelihood(model: Any, rows: Sequence[Encoded], collator: Collator, *, task: str, batch_size: int) -> Likelihood:
+    """Score the supervised tokens of `rows` (causal-lm or seq2seq); the model's training mode is left as it was."""
+    out = np.zeros((3, len(rows)))
+    was_training = model.training
+    model.eval()
+    for indices in _batches(rows, batch_size):
+        batch = to_device(collator([rows[i] for i in indices]), model.device)
+        labels = batch.pop("labels")
+        losses, right, row = token_losses(model(**batch).logits, labels, shifted=task == "causal-lm")
+        for slot, values in enumerate((losses.double(), torch.ones_like(losses), right)):
+            sums = torch.zeros(len(indices), dtype=torch.float64, device=losses.device)
+            out[slot, indices] = sums.index_add_(0, row, values.double()).cpu().numpy()
+    model.train(was_training)
+    return Likelihood(out[0], out[1].astype(int), out[2].astype(int))
+
+
+@torch.inference_mode()
+def head_scores(model: Any, rows: Sequence[Encoded], collator: Collator, *, batch_size: int) -> np.ndarray:
+    """The head's outputs, (rows, classes) float64; (rows, 1) for regression."""
+    out: np.ndarray | None = None
+    was_training = model.training
+    model.eval()
+    for indices in _batches(rows, batch_size):
+        batch = to_device(collator([rows[i] for i in indices]), model.device)
+        batch.pop("labels", None)
+        scores = model(**batch).logits.double().cpu().numpy()
+        out = np.zeros((len(rows), scores.shape[1])) if out is None else out
+        out[indices] = scores
+    model.train(was_training)
+    return np.zeros((0, 1)) if out is None else out
+
+
+def without_ending(row: Encoded) -> Encoded:
+    """The row with its last supervised token (the end of the answer) no longer scored."""
+    labels = list(row["labels"])
+    last = max(i for i, label in enumerate(labels) if label != IGNORE)
+    labels[last] = IGNORE
+    return Encoded(input_ids=row["input_ids"], labels=labels)

@@ -1,0 +1,78 @@
+"""Evaluating an adapter after its run: which rows, and where the figures go."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from trivet.configio import load as load_config
+from trivet.data.dataset import Dataset, load_dataset
+from trivet.errors import ConfigError
+from trivet.evaluate.measure import Evaluation, Settings, write_predictions
+from trivet.run import load_splits
+from trivet.runfolder import RunFolder, write_json, write_text
+from trivet.session import LABELLED, Session, reopen
+
+
+def evaluate_adapter(
+    path: Path,
+    *,
+    data: str | None = None,
+    max_rows: int | None = None,
+    settings: Settings | None = None,
+    base_model: str | None = None,
+    output: Path | None = None,
+) -> tuple[Evaluation, list[Path]]:
+    """Base and tuned on `data`, or on the run's own test (else validation) rows.
+
+    In a run folder, `metrics`, `intervals`, `n` and `evaluated_on` of result.json become this evaluation's, and what
+    they were is kept under `earlier_evaluations`; predictions.jsonl is replaced.
+
+    Returns:
+        The evaluation, and the files that were written.
+    """
+    settings = settings or Settings()
+    if output is not None and output.is_dir():
+        raise ConfigError(f"--output {output}: is a folder; name a file")
+    folder = RunFolder(path)
+    finished = folder.result.exists()
+    before = folder.read_result() if finished else {}
+    session = reopen(path, base_model=base_model)
+    rows, split = _rows(path, folder, session, data)
+    evaluation = session.evaluator(rows.take(max_rows), settings).side_by_side(session.model)
+    report: dict[str, Any] = {
+        **evaluation.to_dict(),
+        "evaluated_on": {"split": split, "source": rows.source, **asdict(settings)},
+    }
+    written = []
+    if finished:
+        names = ("evaluated_on", "metrics", "intervals", "n")
+        earlier = [*before.pop("earlier_evaluations", []), {name: before.get(name) for name in names}]
+        write_json(
+            folder.result,
+            {**report, **{k: v for k, v in before.items() if k not in names}, "earlier_evaluations": earlier},
+        )
+        written.append(folder.result)
+        if evaluation.predictions:
+            write_text(folder.predictions, write_predictions(evaluation.predictions))
+            written.append(folder.predictions)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(output, report)
+        written.append(output)
+    return evaluation, written
+
+
+def _rows(path: Path, folder: RunFolder, session: Session, data: str | None) -> tuple[Dataset, str]:
+    task = session.base.task
+    if data is not None:
+        return load_dataset(data, split="test", format=task if task in LABELLED else "auto"), "given"
+    if not folder.config.exists():
+        raise ConfigError(f"{path}: an adapter folder does not name its data; pass --data FILE")
+    splits = load_splits(load_config(folder.config))
+    if splits.test is not None:
+        return splits.test, "test"
+    if splits.validation is not None:
+        return splits.validation, "validation"
+    raise ConfigError(f"run {path}: has neither test nor validation rows; pass --data FILE")

@@ -1,0 +1,362 @@
+"""One run, from config to result: data -> model -> adapter -> train -> save (proved) -> evaluate -> result.json."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from transformers import EarlyStoppingCallback, TrainingArguments
+
+from trivet.adapter.attach import trainable_parameters
+from trivet.adapter.save import Proof, save_adapter
+from trivet.config import Config
+from trivet.configio import dump
+from trivet.configio import load as load_config
+from trivet.data.dataset import DOCSTRINGS, Dataset, load_dataset
+from trivet.data.encode import Encoded, Summary, encode_dataset
+from trivet.errors import ConfigError, TrivetError
+from trivet.evaluate.measure import Evaluation, Settings, write_predictions
+from trivet.memory import peak_memory
+from trivet.methods import find_method
+from trivet.runfolder import RunFolder, storage, write_json, write_text
+from trivet.session import Session, begin
+from trivet.train.callback import RunLog
+from trivet.train.checkpoint import newest_checkpoint, step_of
+from trivet.train.trainer import Trainer
+
+log = logging.getLogger("trivet")
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The rows of a run. `test` is touched once, after training."""
+
+    train: Dataset
+    validation: Dataset | None
+    test: Dataset | None
+
+    def fingerprints(self) -> dict[str, str]:
+        parts = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: part.fingerprint for name, part in parts.items() if part is not None}
+
+
+def load_splits(config: Config, train: Any = None, validation: Any = None, test: Any = None) -> Splits:
+    """The data that `config` names, or the given data sets in its place; the same seed gives the same splits."""
+    data, seed = config.data, config.training.seed
+    source = data.train if train is None else train
+    if source is None:
+        raise ConfigError("data.train is not set: a file, a hub data set, or `docstrings` to try trivet out")
+    options: dict[str, Any] = {"columns": data.columns, "on_bad_row": data.on_bad_row}
+    rows = load_dataset(source, format=data.format, **options)
+    if rows.format == "regression" and config.model.task == "classification":
+        rows = load_dataset(source, format="classification", **options)
+    # Other files follow train's format where it could be told apart by values only (labels 1, 2 or 1.5).
+    later = rows.format if rows.format in ("classification", "regression") else "auto"
+
+    held = validation if validation is not None else data.validation
+    held_rows: Dataset | None = None
+    if held == "auto" and source == DOCSTRINGS:
+        held_rows = load_dataset(DOCSTRINGS, split="validation")
+    elif held == "auto":
+        n = min(max(len(rows) // 20, 1), 500)
+        if len(rows) >= 20:
+            rows, held_rows = rows.split(n, seed)
+    elif isinstance(held, (int, float)) and not isinstance(held, bool):
+        if not 0 < held < 1:
+            raise ConfigError(
+                f"data.validation {held:g}: a share of train is above 0 and below 1; or give a file, or null"
+            )
+        n = round(len(rows) * held)
+        if not 0 < n < len(rows):
+            raise ConfigError(f"data.validation {held:g}: of {len(rows)} rows that leaves nothing to one side")
+        rows, held_rows = rows.split(n, seed)
+    elif held is not None:
+        held_rows = load_dataset(held, split="validation", format=later, **options)
+
+    tested = test if test is not None else data.test
+    test_rows = None if tested is None else load_dataset(tested, split="test", format=later, **options)
+    if test_rows is None and source == DOCSTRINGS:
+        test_rows = load_dataset(DOCSTRINGS, split="test").shuffled(seed)
+    if data.max_train_rows is not None:
+        rows = rows.shuffled(seed).take(data.max_train_rows)
+    return Splits(
+        rows,
+        held_rows.take(data.max_validation_rows) if held_rows is not None else None,
+        test_rows.take(data.max_test_rows) if test_rows is not None else None,
+    )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything checked and encoded, nothing written yet."""
+
+    config: Config
+    splits: Splits
+    session: Session
+    train_rows: list[Encoded]
+    validation_rows: list[Encoded] | None
+    summary: Summary
+
+
+def prepare(config: Config, console: Console, **datasets: Any) -> Prepared:
+    """Read the data, load the model, attach the adapter, encode the rows; says what it found."""
+    splits = load_splits(config, **datasets)
+    for name in ("train", "validation", "test"):
+        part: Dataset | None = getattr(splits, name)
+        if part is not None:
+            _say(console, f"{name}: {len(part):,} rows of format {part.format} from {part.source}")
+            if part.skipped:
+                _say(console, f"  skipped {len(part.skipped):,} bad rows, the first: {part.skipped[0]}")
+    session = begin(config, splits.train)
+    _say(console, f"model {session.base.describe()}")
+    train_rows, summary = encode_dataset(splits.train, session.encoder)
+    for line in summary.lines():
+        _say(console, f"  {line}")
+    validation_rows = encode_dataset(splits.validation, session.encoder)[0] if splits.validation else None
+    if splits.test is not None:
+        session.evaluator(splits.test)  # what is wrong with it should show now, not after the training
+    _say(
+        console,
+        f"method {config.method}: rank {config.model.lora_rank}, "
+        f"{trainable_parameters(session.model):,} trainable parameters",
+    )
+    return Prepared(config, splits, session, train_rows, validation_rows, summary)
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run: the session with its trained adapter, and what result.json holds."""
+
+    session: Session
+    result: dict[str, Any]
+    evaluation: Evaluation | None
+
+
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+    **datasets: Any,
+) -> Outcome:
+    """Run `config`; `datasets` (train, validation, test) take the place of the files it names.
+
+    Raises:
+        ConfigError, DataError, ModelError: before anything is written.
+        StorageError, ProofError: the run folder keeps its last good checkpoint.
+    """
+    console = console or Console(stderr=True)
+    began = time.perf_counter()
+    folder = RunFolder(Path(config.output_dir))
+    folder.check_free(resume=resume, overwrite=overwrite)
+    if resume:
+        _check_same(config, load_config(folder.config), folder)
+    ready = prepare(config, console, **datasets)
+    session = ready.session
+    log_callback = RunLog(folder.log, console)
+    with _writing(folder, log_callback, fresh=not resume):
+        folder.begin(dump(config), resume=resume)
+        trainer = make_trainer(ready, folder, log_callback)
+        checkpoint = newest_checkpoint(folder.checkpoints) if resume else None
+        if resume:
+            where = f"step {step_of(checkpoint)}" if checkpoint else "the beginning: no whole checkpoint was left"
+            _say(console, f"resuming from {where}")
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    proof = save_adapter(
+        session.model,
+        folder.adapter,
+        session.probe(ready.train_rows),
+        tokenizer=session.tokenizer,
+        notes=session.notes(),
+    )
+    _say(console, f"adapter saved to {folder.adapter}; {proof}")
+    which = "test" if ready.splits.test is not None else "validation"
+    evaluation = None
+    rows = ready.splits.test if ready.splits.test is not None else ready.splits.validation
+    if rows is not None:
+        _say(console, f"evaluating base and tuned on {len(rows):,} {which} rows")
+        settings = Settings(**{k: getattr(config.evaluation, k) for k in Settings.__dataclass_fields__})
+        evaluation = session.evaluator(rows, settings).side_by_side(session.model)
+    result = _result(ready, trainer, log_callback, proof, evaluation, which, time.perf_counter() - began)
+    if evaluation is not None and evaluation.predictions:
+        write_text(folder.predictions, write_predictions(evaluation.predictions))
+    write_json(folder.result, result)
+    return Outcome(session, result, evaluation)
+
+
+def make_trainer(ready: Prepared, folder: RunFolder, log_callback: RunLog) -> Trainer:
+    """The Trainer for a prepared run."""
+    settings, session = ready.config.training, ready.session
+    held = ready.validation_rows
+    steps = planned_steps(ready.config, len(ready.train_rows))
+    every = settings.eval_steps or max(1, -(-steps // 5))
+    callbacks: list[Any] = [log_callback]
+    if settings.early_stopping_patience is not None:
+        if held is None:
+            raise ConfigError("training.early_stopping_patience needs validation rows; set data.validation")
+        callbacks.append(EarlyStoppingCallback(settings.early_stopping_patience))
+    with _explained_arguments():
+        arguments = TrainingArguments(
+            output_dir=str(folder.checkpoints),
+            per_device_train_batch_size=settings.batch_size,
+            per_device_eval_batch_size=ready.config.evaluation.batch_size,
+            gradient_accumulation_steps=settings.gradient_accumulation_steps,
+            learning_rate=settings.learning_rate,
+            num_train_epochs=settings.num_epochs,
+            max_steps=settings.max_steps or -1,
+            warmup_steps=settings.warmup_ratio,
+            lr_scheduler_type=settings.lr_scheduler,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+            eval_strategy="steps" if held else "no",
+            eval_steps=every,
+            save_strategy="steps",
+            save_steps=every,
+            save_total_limit=settings.keep_checkpoints,
+            load_best_model_at_end=bool(held),
+            metric_for_best_model="eval_loss" if held else None,
+            greater_is_better=False if held else None,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            seed=settings.seed,
+            data_seed=settings.seed,
+            dataloader_num_workers=settings.num_workers,
+            dataloader_pin_memory=session.base.device.type == "cuda",
+            remove_unused_columns=False,
+            report_to=settings.report_to or "none",
+            disable_tqdm=True,
+            use_cpu=session.base.device.type == "cpu",
+        )
+    trainer = Trainer(
+        session.model,
+        args=arguments,
+        task=session.base.task,
+        train_rows=ready.train_rows,
+        validation_rows=held,
+        collator=session.collator,
+        optimizer=find_method(ready.config.method).part("update"),
+        callbacks=callbacks,
+        tokenizer=session.tokenizer,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    log_callback.bind(trainer)
+    return trainer
+
+
+def planned_steps(config: Config, rows: int) -> int:
+    """Optimizer steps of the whole run on one device."""
+    settings = config.training
+    if settings.max_steps is not None:
+        return settings.max_steps
+    batches = -(-rows // settings.batch_size)
+    return max(1, round(-(-batches // settings.gradient_accumulation_steps) * settings.num_epochs))
+
+
+@contextlib.contextmanager
+def _explained_arguments() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise ConfigError(f"training: these settings can't be used together or here: {error}") from error
+
+
+@contextlib.contextmanager
+def _writing(folder: RunFolder, log_callback: RunLog, *, fresh: bool) -> Iterator[None]:
+    """Close the log whatever happens; a run that failed before its first checkpoint leaves nothing behind."""
+    try:
+        with storage(f"run folder {folder.path}"):
+            yield
+    except BaseException as error:
+        log_callback.close()
+        if fresh and not any(folder.checkpoints.glob("checkpoint-*")):
+            shutil.rmtree(folder.path, ignore_errors=True)
+        if isinstance(error, torch.OutOfMemoryError):
+            raise TrivetError(
+                "out of GPU memory; lower training.batch_size (and raise gradient_accumulation_steps), or set "
+                "training.gradient_checkpointing: true"
+            ) from error
+        raise
+
+
+def _check_same(config: Config, before: Config, folder: RunFolder) -> None:
+    """A resumed run must be the same run: other settings would give something that was never asked for."""
+    changed = []
+    for section in ("model", "data", "training"):
+        ours, theirs = getattr(config, section), getattr(before, section)
+        changed += [
+            f"{section}.{name} ({getattr(theirs, name)} then, {getattr(ours, name)} now)"
+            for name in type(ours).__dataclass_fields__
+            if getattr(ours, name) != getattr(theirs, name)
+        ]
+    if config.method != before.method:
+        changed.append(f"method ({before.method} then, {config.method} now)")
+    if changed:
+        raise ConfigError(f"run {folder.path}: can't be resumed with other settings: {'; '.join(changed)}")
+
+
+def _result(
+    ready: Prepared,
+    trainer: Trainer,
+    log_callback: RunLog,
+    proof: Proof,
+    evaluation: Evaluation | None,
+    which: str,
+    seconds: float,
+) -> dict[str, Any]:
+    splits, session = ready.splits, ready.session
+    measured = evaluation.to_dict() if evaluation else {"metrics": {"base": {}, "tuned": {}}, "intervals": {}, "n": {}}
+    best = trainer.state.best_metric
+    return {
+        **measured,
+        "evaluated_on": {"split": which, "source": getattr(splits, which).source} if evaluation else None,
+        "best_validation_loss": best,
+        "best_step": trainer.state.best_global_step if best is not None else None,
+        "steps": trainer.state.global_step,
+        "model": session.base.name,
+        "task": session.base.task,
+        "method": ready.config.method,
+        "dtype": str(session.base.dtype).removeprefix("torch."),
+        "device": str(session.base.device),
+        "trainable_parameters": trainable_parameters(session.model),
+        "total_parameters": sum(p.numel() for p in session.model.get_base_model().parameters()),
+        "tokens_per_second": round(log_callback.tokens_per_second, 1),
+        "peak_memory_bytes": peak_memory(),
+        "wall_seconds": round(seconds, 2),
+        "proof": {"relative_logit_error": proof.error, "tolerance": proof.tolerance},
+        "seed": ready.config.training.seed,
+        "data": {
+            "format": splits.train.format,
+            "rows": {k: len(v) for k in ("train", "validation", "test") if (v := getattr(splits, k)) is not None},
+            "fingerprints": splits.fingerprints(),
+            "tokens": ready.summary.tokens,
+            "supervised_tokens": ready.summary.supervised,
+            "shortened_rows": len(ready.summary.shortened),
+            "dropped_rows": len(ready.summary.dropped),
+            "skipped_rows": len(splits.train.skipped),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("trivet", "torch", "transformers", "peft", "accelerate")},
+        },
+        "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }

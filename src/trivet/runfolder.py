@@ -1,0 +1,141 @@
+"""The run folder: where things are, what may be replaced, and writing that leaves nothing half-done."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trivet.errors import AdapterError, ConfigError, RunExistsError, StorageError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Everything a run writes is in `path`."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.jsonl"
+
+    @property
+    def result(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def predictions(self) -> Path:
+        return self.path / "predictions.jsonl"
+
+    def check_free(self, *, resume: bool, overwrite: bool) -> None:
+        """Refuse to touch what is there, unless asked to; looks only, changes nothing.
+
+        Raises:
+            RunExistsError: a run is there and neither flag was given.
+            ConfigError: the folder holds something that is no run, can't be written, or there is nothing to resume.
+        """
+        if resume and overwrite:
+            raise ConfigError("--resume goes on with a run and --overwrite begins it anew; give one of them")
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"output_dir {self.path}: is a file; name a folder")
+        there = self.path.is_dir() and any(self.path.iterdir())
+        if there and not self.config.exists():
+            raise ConfigError(f"output_dir {self.path}: holds files but no run; name another folder")
+        if resume and not there:
+            raise ConfigError(f"output_dir {self.path}: there is no run to resume; leave out --resume to start one")
+        if resume and self.result.exists():
+            raise ConfigError(f"run {self.path}: is already finished; --overwrite trains it anew")
+        if there and not (resume or overwrite):
+            state = "a finished run" if self.result.exists() else "an unfinished run"
+            raise RunExistsError(
+                f"output_dir {self.path}: holds {state}. Set another output_dir, or add --overwrite to replace it"
+                + ("" if self.result.exists() else " or --resume to go on with it")
+            )
+        nearest = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
+        if not os.access(nearest, os.W_OK):
+            raise ConfigError(f"output_dir {self.path}: {nearest} can't be written to; set another output_dir")
+
+    def begin(self, config_text: str, *, resume: bool) -> None:
+        """Make the folder with its config.yaml; an earlier run in it is removed unless it is resumed."""
+        with storage(f"run folder {self.path}"):
+            if not resume and self.path.exists():
+                shutil.rmtree(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.config, config_text)
+
+    def read_result(self) -> dict[str, Any]:
+        """result.json; `AdapterError` where it is missing or no JSON."""
+        try:
+            return json.loads(self.result.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise AdapterError(f"{self.result}: can't be read: {error}") from error
+
+
+@contextlib.contextmanager
+def storage(what: str) -> Iterator[None]:
+    """File errors as one message that says what to do."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "the disk or quota is full; free some space" if full else "check the folder's permissions"
+        raise StorageError(f"{what}: can't be written: {error.strerror or error}; {advice}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one step: a reader sees the old text or the new one, never a part."""
+    with storage(str(path)):
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).chmod(0o644)
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON with a final newline; NaN and infinity are refused rather than written."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, what: str) -> Iterator[Path]:
+    """A temporary sibling to fill, put in place of `path` when the block ends well, and removed when it does not."""
+    with storage(f"{what} {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        try:
+            yield temporary
+            temporary.chmod(0o755)
+            if path.exists():
+                shutil.rmtree(path)
+            temporary.replace(path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise

@@ -1,0 +1,201 @@
+"""A base model with its adapter and the way rows are put to it: what training makes and every later verb opens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trivet.adapter.attach import attach
+from trivet.adapter.save import load_adapter, read_config, read_notes
+from trivet.config import Config
+from trivet.data.batch import Collator
+from trivet.data.dataset import Dataset
+from trivet.data.encode import Encoded, LabelEncoder, TextEncoder
+from trivet.errors import AdapterError, ConfigError, DataError
+from trivet.evaluate.measure import Evaluator, Settings
+from trivet.model import Base, load_base
+
+#: Formats whose rows have a class or a number as their answer.
+LABELLED = ("classification", "regression")
+
+
+@dataclass(frozen=True)
+class Session:
+    """`model` is a PeftModel on `base`; `encoder` turns rows into its inputs."""
+
+    base: Base
+    model: Any
+    encoder: TextEncoder | LabelEncoder
+    data: dict[str, Any]  # how rows become tokens: max_length, chat_template, loss_on
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.base.tokenizer
+
+    @property
+    def shift(self) -> Any:
+        """For encoder-decoders: labels -> decoder inputs."""
+        if self.base.task != "seq2seq":
+            return None
+        return self.model.get_base_model().prepare_decoder_input_ids_from_labels
+
+    @property
+    def collator(self) -> Collator:
+        return Collator(self.tokenizer.pad_token_id, shift=self.shift)
+
+    def probe(self, rows: Sequence[Encoded] | None = None) -> dict[str, torch.Tensor]:
+        """Two rows as model inputs, for comparing logits; made from the vocabulary where no rows are at hand."""
+        if rows is None:
+            size = min(len(self.tokenizer), 1000)
+            ids = torch.randint(0, size, (2, 16), generator=torch.Generator().manual_seed(0)).tolist()
+            rows = [Encoded(input_ids=row, labels=row) for row in ids]
+            if self.base.task in LABELLED:
+                rows = [Encoded(input_ids=row) for row in ids]
+        batch = self.collator([Encoded(**{**r, "input_ids": r["input_ids"][:256]}) for r in _clipped(rows[:2])])
+        batch.pop("labels", None)
+        return batch
+
+    def notes(self) -> dict[str, Any]:
+        """What `reopen` needs beside PEFT's files."""
+        return {
+            "base_model": self.base.name,
+            "task": self.base.task,
+            "labels": list(self.base.labels) if self.base.labels else None,
+            "data": self.data,
+        }
+
+    def evaluator(self, dataset: Dataset, settings: Settings | None = None) -> Evaluator:
+        """Ready to measure any model of this session on `dataset`. `DataError` where its rows do not suit the task."""
+        check_format(dataset, self.base.task)
+        return Evaluator(dataset, self.encoder, task=self.base.task, shift=self.shift, settings=settings)
+
+
+def _clipped(rows: Sequence[Encoded]) -> list[Encoded]:
+    """Rows of at most 256 tokens: a proof needs no more."""
+    out = []
+    for row in rows:
+        values = {k: v[:256] if isinstance(v, list) else v for k, v in row.items()}
+        out.append(Encoded(**values))  # type: ignore[typeddict-item]
+    return out
+
+
+def check_format(dataset: Dataset, task: str) -> None:
+    """Refuse rows that the task can't learn from or be measured on."""
+    if (task in LABELLED) != (dataset.format in LABELLED):
+        needed = (
+            "rows with text and label" if task in LABELLED else "rows with text to write, such as prompt and completion"
+        )
+        raise DataError(f"{dataset.source}: format {dataset.format} does not suit task {task}, which needs {needed}")
+    if (task == "classification" and dataset.format == "regression") or (
+        task == "regression" and dataset.format == "classification"
+    ):
+        raise DataError(
+            f"{dataset.source}: labels are read as {dataset.format}, but the task is {task}; set data.format"
+        )
+    if task == "seq2seq" and dataset.format == "text":
+        raise DataError(
+            f"{dataset.source}: an encoder-decoder needs rows with a prompt and a completion, not plain text"
+        )
+
+
+def class_names(train: Dataset, task: str) -> list[str] | None:
+    """The classes in index order (numbers by value, names by alphabet); None unless the task is classification."""
+    if task == "regression" or train.format != "classification":
+        return None
+    names = {str(e.label) for e in train}
+    if len(names) < 2:
+        raise DataError(f"{train.source}: only one label ({', '.join(names)}); a classifier needs at least two")
+    numeric = all(name.lstrip("-").isdigit() for name in names)
+    return sorted(names, key=int) if numeric else sorted(names)
+
+
+def begin(config: Config, train: Dataset) -> Session:
+    """Load the base model that `config` names and attach a fresh adapter for `train`'s task."""
+    wanted = config.model
+    base = load_base(
+        wanted.name,
+        task=wanted.task,
+        data_format=train.format,
+        labels=class_names(train, wanted.task),
+        dtype=wanted.dtype,
+        device=wanted.device,
+        revision=wanted.revision,
+        trust_remote_code=wanted.trust_remote_code,
+        seed=config.training.seed,
+    )
+    check_format(train, base.task)
+    model = attach(
+        base.model,
+        lora_rank=wanted.lora_rank,
+        lora_alpha=wanted.lora_alpha,
+        lora_dropout=wanted.lora_dropout,
+        target_modules=wanted.target_modules,
+        task=base.task,
+        method=config.method,
+        seed=config.training.seed,
+    )
+    data = {
+        "max_length": config.data.max_length,
+        "chat_template": config.data.chat_template,
+        "loss_on": config.data.loss_on,
+    }
+    return Session(base, model, make_encoder(base, data), data)
+
+
+def make_encoder(base: Base, data: dict[str, Any]) -> TextEncoder | LabelEncoder:
+    """How rows become inputs of `base`. `max_length` is capped at the longest that the model has positions for."""
+    limit = _positions(base)
+    length = min(data["max_length"], limit) if limit else data["max_length"]
+    if base.task in LABELLED:
+        return LabelEncoder(base.tokenizer, base.labels if base.task == "classification" else None, max_length=length)
+    return TextEncoder(
+        base.tokenizer, base.task, max_length=length, chat_template=data["chat_template"], loss_on=data["loss_on"]
+    )
+
+
+def _positions(base: Base) -> int | None:
+    config = base.model.config
+    known = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
+    known.append(base.tokenizer.model_max_length)  # a huge number where it is unknown
+    if config.model_type in ("roberta", "xlm-roberta", "camembert") and known[0]:
+        known[0] -= 2  # their positions start after the padding index
+    if config.model_type in ("t5", "mt5", "umt5"):
+        known[:2] = [None, None]  # relative positions: no limit in the model
+    fitting = [n for n in known if n and n < 1_000_000]
+    return min(fitting) if fitting else None
+
+
+def reopen(folder: Path, *, base_model: str | None = None, dtype: str = "auto", device: str = "auto") -> Session:
+    """Load a trained adapter (an adapter folder, or a run folder holding `adapter/`) on its base model.
+
+    Raises:
+        ConfigError: there is no such folder.
+        AdapterError: the adapter can't be read, does not fit, or does not say which base model it belongs to.
+    """
+    folder = adapter_folder(folder)
+    config, notes = read_config(folder), read_notes(folder)
+    name = base_model or notes.get("base_model") or config.base_model_name_or_path
+    if not name:
+        raise AdapterError(f"adapter {folder}: does not say which base model it belongs to; pass --base-model")
+    tasks = {"CAUSAL_LM": "causal-lm", "SEQ_2_SEQ_LM": "seq2seq", "SEQ_CLS": "classification"}
+    task = notes.get("task") or tasks.get(str(config.task_type).rpartition(".")[2], "auto")
+    base = load_base(name, task=task, labels=notes.get("labels"), dtype=dtype, device=device)
+    model = load_adapter(base.model, folder)
+    data = notes.get("data") or {"max_length": 1024, "chat_template": "auto", "loss_on": "responses"}
+    return Session(base, model, make_encoder(base, data), data)
+
+
+def adapter_folder(folder: Path) -> Path:
+    """The adapter inside a run folder, or the folder itself."""
+    if not folder.is_dir():
+        raise ConfigError(f"adapter {folder}: no such folder")
+    inner = folder / "adapter"
+    if (folder / "config.yaml").exists() and not inner.is_dir():
+        raise AdapterError(
+            f"run {folder}: has no adapter yet: it did not finish; `trivet train --resume` goes on with it"
+        )
+    return inner if inner.is_dir() else folder

@@ -1,0 +1,1 @@
+"""Training on transformers.Trainer: one thin subclass, callbacks, checkpoints."""

@@ -1,0 +1,49 @@
+"""Checkpoints: which one to resume from, and whether it is whole."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from trivet.errors import AdapterError
+
+log = logging.getLogger("trivet")
+
+#: What `transformers.Trainer` writes for a PEFT model, and resuming needs.
+_NEEDED = ("trainer_state.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt")
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint in `folder`; damaged ones are named in the log and passed over."""
+    found = [p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
+    for path in sorted(found, key=lambda p: -int(p.name.rpartition("-")[2])):
+        problem = damage(path)
+        if problem is None:
+            return path
+        log.warning("checkpoint %s is damaged (%s): passed over", path, problem)
+    return None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    from safetensors import SafetensorError, safe_open
+
+    for name in _NEEDED:
+        if not (path / name).is_file() or not (path / name).stat().st_size:
+            return f"{name} is missing or empty"
+    try:
+        json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        with safe_open(path / "adapter_model.safetensors", framework="np") as file:
+            file.keys()
+    except (ValueError, SafetensorError, OSError) as error:
+        return str(error)
+    return None
+
+
+def step_of(path: Path) -> int:
+    """The optimizer step that a checkpoint was written after."""
+    try:
+        return int(json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+    except (OSError, ValueError, KeyError) as error:
+        raise AdapterError(f"checkpoint {path}: trainer_state.json can't be read: {error}") from error

@@ -1,0 +1,126 @@
+"""`transformers.Trainer` with our loss, our optimizer factory and a token-weighted validation."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from trivet.data.batch import Collator
+from trivet.data.encode import IGNORE, Encoded
+from trivet.errors import StorageError
+from trivet.evaluate.score import head_scores, likelihood
+from trivet.loss import training_loss
+
+#: The update rule: named parameters, learning_rate, weight_decay -> optimizer.
+OptimizerFactory = Callable[..., torch.optim.Optimizer]
+
+
+class Trainer(transformers.Trainer):  # type: ignore[misc]
+    """Trains an adapted model.
+
+    A step's loss is the mean over all supervised tokens of all its micro-batches on all devices, whatever the
+    architecture; validation likewise is the mean over tokens, not over batches.
+    """
+
+    loss_is_scaled_for_ga = True
+    optimizer: Any
+    control: Any
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        args: transformers.TrainingArguments,
+        task: str,
+        train_rows: list[Encoded],
+        validation_rows: list[Encoded] | None,
+        collator: Collator,
+        optimizer: OptimizerFactory,
+        callbacks: list[transformers.TrainerCallback],
+        tokenizer: Any,
+    ) -> None:
+        self.task, self.collator, self.optimizer_factory = task, collator, optimizer
+        #: Tokens of the step under way, without padding; and those of them that are learned.
+        self.step_tokens = self.step_supervised = 0
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_rows,  # type: ignore[arg-type]
+            eval_dataset=validation_rows,  # type: ignore[arg-type]
+            data_collator=collator,
+            compute_loss_func=partial(training_loss, task=task),
+            callbacks=callbacks,
+            processing_class=tokenizer,
+        )
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of one step and the number of supervised items in them, over all devices."""
+        batches = []
+        for _, batch in zip(range(num_batches), epoch_iterator, strict=False):
+            batches.append(batch)
+        if not batches:
+            return batches, None
+        # Labels of first tokens are -100 already, so causal and aligned labels are counted alike.
+        items = sum((batch["labels"] != IGNORE).sum() for batch in batches)
+        tokens = sum(batch["attention_mask"].sum() for batch in batches)
+        if self.task == "seq2seq":
+            tokens = tokens + items
+        counts = torch.stack([torch.as_tensor(items), torch.as_tensor(tokens)]).to(device)
+        if self.args.world_size > 1:
+            counts = self.accelerator.reduce(counts, "sum")
+        self.step_supervised, self.step_tokens = (int(c) for c in counts)
+        return batches, counts[0]
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The method's update rule over everything that is trained."""
+        if self.optimizer is None:
+            named = (self.model if model is None else model).named_parameters()
+            self.optimizer = self.optimizer_factory(
+                named, learning_rate=self.args.learning_rate, weight_decay=self.args.weight_decay
+            )
+        return self.optimizer
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Token-weighted loss and accuracy on the validation rows, each process scoring its share of them."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        share = rows[self.args.process_index :: self.args.world_size]
+        size = self.args.per_device_eval_batch_size
+        model = self.accelerator.unwrap_model(self.model)
+        if self.task in ("classification", "regression"):
+            scores = torch.tensor(head_scores(model, share, self.collator, batch_size=size))
+            gold = torch.tensor([row["labels"] for row in share])
+            if self.task == "regression":
+                losses, right = (scores[:, 0] - gold) ** 2, torch.zeros(len(share))
+            else:
+                losses = torch.nn.functional.cross_entropy(scores, gold, reduction="none")
+                right = scores.argmax(1) == gold
+            sums = torch.stack([losses.sum(), right.sum(), torch.tensor(float(len(share)))]).double()
+        else:
+            scored = likelihood(model, share, self.collator, task=self.task, batch_size=size)
+            sums = torch.tensor([scored.nll.sum(), scored.correct.sum(), scored.tokens.sum()], dtype=torch.float64)
+        if self.args.world_size > 1:
+            sums = self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
+        loss, right_share = (sums[:2] / sums[2]).tolist()
+        metrics = {f"{metric_key_prefix}_loss": loss}
+        if self.task != "regression":
+            metrics[f"{metric_key_prefix}_accuracy"] = right_share
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """A checkpoint that could not be written is removed, so that no half of one is ever found."""
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            shutil.rmtree(folder, ignore_errors=True)
+            raise StorageError(f"checkpoint {folder}: can't be written: {error}") from error

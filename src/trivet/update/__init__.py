@@ -1,0 +1,1 @@
+"""How does a gradient of the factors become a step? One file per rule."""
