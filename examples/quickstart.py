@@ -37,6 +37,8 @@ def main() -> None:
         max_test_rows=arguments.test_rows,
         eval_steps=max(1, arguments.steps // 4),
         max_new_tokens=40,
+        max_generate_rows=96,
+        **{"evaluation.batch_size": 32},
     )
 
     folder = Path(arguments.output_dir)

@@ -14,14 +14,14 @@ _HOME = {
     "LoRAModel": "trivet.api",
     "load_dataset": "trivet.data",
     "Dataset": "trivet.data",
-    "attach": "trivet.adapter",
+    "attach": "trivet.adapter.attach",
     "Config": "trivet.config",
     "TrivetError": "trivet.errors",
 }
 __all__ = ["Config", "Dataset", "LoRAModel", "TrivetError", "__version__", "attach", "load_dataset"]
 
 if TYPE_CHECKING:
-    from trivet.adapter import attach
+    from trivet.adapter.attach import attach
     from trivet.api import LoRAModel
     from trivet.config import Config
     from trivet.data import Dataset, load_dataset

@@ -54,10 +54,13 @@ class LoRAModel:
         self.config = _configured(config, values)
         check_base(self.config.model.name)
         self._session: Session | None = None
+        self._merged = False
 
     @property
     def session(self) -> Session:
         """The loaded model with its adapter; before training, the base model with an adapter that does nothing."""
+        if self._merged:
+            raise ConfigError("this model was merged, which used it up; go on with the merged model, or load() again")
         if self._session is None:
             example = Dataset([Example(prompt="", completion="")], "prompt-completion", "nothing yet")
             self._session = begin(self.config, example)
@@ -83,7 +86,9 @@ class LoRAModel:
         quiet: bool = False,
         **settings: Any,
     ) -> dict[str, Any]:
-        """Train on `dataset`, save the adapter to the run folder, evaluate base and tuned; returns what result.json holds.
+        """Train on `dataset`, save the adapter to the run folder, evaluate base and tuned.
+
+        Returns what result.json holds.
 
         Args:
             dataset: what `load_dataset` returns or takes: a path, hub id, list of dicts, `datasets.Dataset`. None takes
@@ -106,7 +111,7 @@ class LoRAModel:
             validation=validation,
             test=test,
         )
-        self.config, self._session = config, outcome.session
+        self.config, self._session, self._merged = config, outcome.session, False
         return outcome.result
 
     def evaluate(self, dataset: Any, **settings: Any) -> dict[str, Any]:
@@ -126,8 +131,9 @@ class LoRAModel:
         top_p: float = 1.0,
         adapter: bool = True,
     ) -> Any:
-        """Answer one prompt (text in, text out) or several (list in, list out), as trained (the chat template is applied where training applied it).
+        """Answer one prompt (text in, text out) or several (list in, list out).
 
+        Prompts are put to the model as in training, with the chat template where training applied it.
         `temperature` 0 is greedy; `adapter=False` answers with the base model. Raises `ModelError` for a classifier.
         """
         encoder = self.session.encoder
@@ -150,13 +156,17 @@ class LoRAModel:
                 answers = generate(self.model, self.tokenizer, asked, **options)
         return answers[0] if isinstance(prompts, str) else answers
 
-    def predict(self, texts: str | Sequence[str], text_pairs: Sequence[str] | None = None) -> Any:
+    def predict(self, texts: str | Sequence[str], text_pairs: str | Sequence[str] | None = None) -> Any:
         """The class (or number) for each text. Raises `ModelError` for a model that writes text."""
         encoder = self.session.encoder
         if not isinstance(encoder, LabelEncoder):
             raise ModelError(f"a model for {self.session.base.task} has no classes; use generate()")
         several = [texts] if isinstance(texts, str) else list(texts)
-        pairs = [None] * len(several) if text_pairs is None else list(text_pairs)
+        pairs: list[str | None] = [None] * len(several)
+        if text_pairs is not None:
+            pairs = [text_pairs] if isinstance(text_pairs, str) else list(text_pairs)
+        if len(pairs) != len(several):
+            raise ConfigError(f"predict() was given {len(several)} texts but {len(pairs)} second texts; pair them up")
         rows = [encoder.inputs(text, pair) for text, pair in zip(several, pairs, strict=True)]
         size = self.config.evaluation.batch_size
         scores = head_scores(self.model, rows, self.session.collator, batch_size=size)
@@ -178,7 +188,7 @@ class LoRAModel:
         session = reopen(Path(folder), base_model=base_model, dtype=config.model.dtype, device=config.model.device)
         loaded = cls.__new__(cls)
         loaded.config = replace(config, model=replace(config.model, name=session.base.name))
-        loaded._session = session
+        loaded._session, loaded._merged = session, False
         return loaded
 
     def merge(self, folder: str | Path | None = None) -> Any:
@@ -186,13 +196,15 @@ class LoRAModel:
 
         Uses this object up: load the adapter again to go on with it.
         """
-        session = self.session
-        self._session = None
-        if folder is not None:
-            merged, _ = merge(session.model, _free(folder), session.probe(), tokenizer=session.tokenizer)
+        session, target = self.session, None if folder is None else _free(folder)
+        self._session, self._merged = None, True
+        if target is not None:
+            merged, _ = merge(session.model, target, session.probe(), tokenizer=session.tokenizer)
             return merged
         dtype = session.model.dtype
-        return session.model.float().merge_and_unload().to(dtype)
+        whole = session.model.float().merge_and_unload().to(dtype)
+        whole.config.use_cache = True
+        return whole
 
     def _rows(self, dataset: Any) -> Dataset:
         task = self.session.base.task

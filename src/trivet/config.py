@@ -26,9 +26,17 @@ FORMATS = (
 )
 
 
-def option(default: Any, help: str, *, choices: tuple[str, ...] = (), at_least: float | None = None) -> Any:
-    """A documented dataclass field; `choices` and `at_least` are checked when a config is read."""
-    metadata = {"help": help, "choices": choices, "at_least": at_least}
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A documented dataclass field; `choices` (of each item of a list) and bounds are checked when a config is read."""
+    metadata = {"help": help, "choices": choices, "at_least": at_least, "above": above, "below": below}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -45,9 +53,9 @@ class ModelConfig:
     lora_alpha: float | None = option(
         None,
         "scale numerator: the update is alpha/r * B A; null means 2 * lora_rank, a scale of 2",
-        at_least=0,
+        above=0,
     )
-    lora_dropout: float = option(0.0, "dropout on the adapter's input, a probability", at_least=0)
+    lora_dropout: float = option(0.0, "dropout on the adapter's input, a probability", at_least=0, below=1)
     target_modules: str | list[str] = option(
         "all-linear", "which layers get an adapter: `all-linear`, or names such as [q_proj, v_proj]"
     )
@@ -74,6 +82,8 @@ class DataConfig:
     validation: float | str | list[str] | None = option(
         "auto",
         "share of train (0.05), file(s) or hub id; auto is 5% of train, at most 500 rows; null for none",
+        above=0,
+        below=1,
     )
     test: str | list[str] | None = option(None, "file(s) or hub id, touched once, after training")
     format: str = option("auto", "how rows are written", choices=FORMATS)
@@ -108,9 +118,9 @@ class TrainingConfig:
         1, "micro-steps per optimizer step, weighted by their supervised tokens", at_least=1
     )
     learning_rate: float = option(3e-4, "peak learning rate", at_least=0)
-    num_epochs: float = option(3.0, "passes over the training rows (alias: num_train_epochs)", at_least=0)
+    num_epochs: float = option(3.0, "passes over the training rows (alias: num_train_epochs)", above=0)
     max_steps: int | None = option(None, "stop after so many optimizer steps; overrides num_epochs", at_least=1)
-    warmup_ratio: float = option(0.03, "share of the steps in which the rate rises from 0", at_least=0)
+    warmup_ratio: float = option(0.03, "share of the steps in which the rate rises from 0", at_least=0, below=1)
     lr_scheduler: str = option(
         "cosine",
         "shape of the learning rate after warm-up",
@@ -126,9 +136,11 @@ class TrainingConfig:
         None, "stop after so many validations without a better loss; null to run to the end", at_least=1
     )
     keep_checkpoints: int = option(2, "how many checkpoints to keep (the best one is always kept)", at_least=1)
-    seed: int = option(42, "seeds the adapter's start, the data order and the splits", at_least=0)
+    seed: int = option(42, "seeds the adapter's start, the data order and the splits", at_least=0, below=2**32)
     num_workers: int = option(0, "processes that prepare batches", at_least=0)
-    report_to: list[str] = option([], "further loggers: tensorboard, wandb (their packages must be installed)")
+    report_to: list[str] = option(
+        [], "further loggers; their packages must be installed", choices=("tensorboard", "wandb")
+    )
 
 
 @dataclass(frozen=True)

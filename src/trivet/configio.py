@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import difflib
+import operator
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -24,15 +26,17 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads `3e-4` as a string; users mean a number (YAML 1.2 and JSON agree with them)."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"""^(?:[-+]?(?:[0-9][0-9_]*)\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+
-        |[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
-        re.X,
-    ),
-    list("-+0123456789."),
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that `_Loader` would read as numbers (a commit such as 12e4567)."""
+
+
+_NUMBER = re.compile(
+    r"""^(?:[-+]?(?:[0-9][0-9_]*)\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+
+    |[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
+    re.X,
 )
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789."))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789."))
 
 #: A value and where it was written ("config.yaml:3", or "override model.name=…").
 Located = tuple[Any, str]
@@ -109,13 +113,14 @@ def _read(path: Path) -> list[tuple[str, Any, str]]:
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path}: cannot be read as UTF-8 text: {error}") from error
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)  # a ReaderError where a character is no text
         root = loader.get_single_node()
         if root is None:
             return []
         if not isinstance(root, yaml.MappingNode):
-            raise ConfigError(f"{path}:1: a config is a mapping of sections such as `model:`, not a {type(root).__name__[:-4].lower()}")
+            kind = type(root).__name__[:-4].lower()
+            raise ConfigError(f"{path}:1: a config is a mapping of sections such as `model:`, not a {kind}")
         found = []
         for key, node, line in _items(root, loader, path):
             if key in sections() and isinstance(node, yaml.MappingNode):
@@ -131,10 +136,9 @@ def _read(path: Path) -> list[tuple[str, Any, str]]:
         return found
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
-    finally:
-        loader.dispose()
+        line = mark.line + 1 if mark else text.count("\n", 0, getattr(error, "position", 0)) + 1
+        reason = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+        raise ConfigError(f"{path}:{line}: not valid YAML: {reason}") from error
 
 
 def _items(node: yaml.MappingNode, loader: _Loader, path: Path) -> list[tuple[str, yaml.Node, int]]:
@@ -202,13 +206,16 @@ def _check(name: str, f: Field, kind: Any, value: Any, where: str) -> Any:
             f"{where}: {name} is {_describe(kind)}, not {value!r} ({type(value).__name__}); {f.metadata['help']}"
         )
     choices = f.metadata["choices"]
-    if choices and accepted not in choices:
-        near = difflib.get_close_matches(str(accepted), choices, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(f"{where}: {name} can't be {accepted!r}; {hint}choices: {', '.join(choices)}")
-    least = f.metadata["at_least"]
-    if least is not None and isinstance(accepted, (int, float)) and not accepted >= least:
-        raise ConfigError(f"{where}: {name} must be at least {least:g}, not {accepted}")
+    for item in accepted if isinstance(accepted, list) else [accepted]:
+        if choices and item not in choices:
+            near = difflib.get_close_matches(str(item), choices, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ConfigError(f"{where}: {name} can't be {item!r}; {hint}choices: {', '.join(choices)}")
+    for words, holds in (("at_least", operator.ge), ("above", operator.gt), ("below", operator.lt)):
+        bound = f.metadata[words]
+        if bound is not None and isinstance(accepted, (int, float)) and not holds(accepted, bound):
+            rule = f"{words.replace('_', ' ')} {bound:.10g}"
+            raise ConfigError(f"{where}: {name} must be {rule}, not {accepted}; {f.metadata['help']}")
     return accepted
 
 
@@ -233,11 +240,11 @@ def _convert(kind: Any, value: Any) -> tuple[Any, bool]:
     if kind is bool:
         return value, isinstance(value, bool)
     if kind is int:
-        whole = isinstance(value, (int, float)) and not isinstance(value, bool) and float(value).is_integer()
-        return (int(value), True) if whole else (value, False)
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        return (int(value), True) if whole and not isinstance(value, bool) else (value, False)
     if kind is float:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return (float(value), True) if number else (value, False)
+        finite = isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+        return (float(value), True) if finite and not isinstance(value, bool) else (value, False)
     if isinstance(value, Path):
         value = str(value)
     return value, isinstance(value, kind)
@@ -260,7 +267,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def dump(config: Config) -> str:
     """The resolved config as YAML that `load` reads back to an equal `Config`."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=110)
+    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 def template(**values: Any) -> str:
@@ -284,7 +291,8 @@ def template(**values: Any) -> str:
 def _entry(f: Field, name: str, given: Mapping[str, Any], indent: str) -> list[str]:
     default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc,operator]
     value = given.get(name, default)
-    text = yaml.safe_dump(value, default_flow_style=True, width=200).replace("\n...", "").strip()
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=sys.maxsize)
+    end = "...\n"  # YAML's mark after a bare scalar
     choices = f.metadata["choices"]
     about = f.metadata["help"] + (f" ({' | '.join(choices)})" if choices else "")
-    return [f"{indent}# {about}", f"{indent}{f.name}: {text}"]
+    return [f"{indent}# {about}", f"{indent}{f.name}: {text.removesuffix(end)[:-1]}"]

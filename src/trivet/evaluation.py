@@ -10,9 +10,9 @@ from trivet.configio import load as load_config
 from trivet.data.dataset import Dataset, load_dataset
 from trivet.errors import ConfigError
 from trivet.evaluate.measure import Evaluation, Settings, write_predictions
-from trivet.run import load_splits
 from trivet.runfolder import RunFolder, write_json, write_text
 from trivet.session import LABELLED, Session, reopen
+from trivet.splits import load_splits
 
 
 def evaluate_adapter(

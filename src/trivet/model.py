@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from trivet.demo import DEMO_MODELS, demo_path
-from trivet.errors import ConfigError, ModelError
+from trivet.errors import ConfigError, ModelError, TrivetError
 
 log = logging.getLogger("trivet")
 
@@ -32,6 +32,9 @@ class Base:
     dtype: torch.dtype
     device: torch.device
     labels: tuple[str, ...] | None = None
+    revision: str | None = None
+    #: Parts of the body that the checkpoint lacks (poolers): they start at random, so they are trained and saved whole.
+    fresh: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """One line: architecture, size, type, device, task."""
@@ -86,7 +89,7 @@ def load_base(
 
     Raises:
         ConfigError: no name, or no such model.
-        ModelError: the model can't be read or can't do the task.
+        ModelError: the model can't be read, lacks weights of its pretrained body, or can't do the task.
     """
     if not name:
         raise ConfigError(_NO_NAME)
@@ -98,13 +101,14 @@ def load_base(
         options["revision"] = revision
     if gguf:
         options["gguf_file"] = gguf
-    with _explained(name), _quiet():
+    with _explained(name), quiet():
         from transformers import AutoConfig, AutoTokenizer
 
         config = AutoConfig.from_pretrained(where, **options)
         task = infer_task(config, data_format) if task == "auto" else task
         _check_task(config, task, name)
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        _check_tokenizer(tokenizer, name)
         _ensure_pad(tokenizer, name)
         if task in ("classification", "regression"):
             names = list(labels or ())
@@ -115,7 +119,10 @@ def load_base(
             options["problem_type"] = "single_label_classification" if task == "classification" else "regression"
             options["ignore_mismatched_sizes"] = True
         torch.manual_seed(seed)
-        model = _auto_class(task).from_pretrained(where, dtype=kind, **options)
+        model, found = _auto_class(task).from_pretrained(where, dtype=kind, output_loading_info=True, **options)
+    fresh = _fresh_parts(model, found, task, name)
+    if task in ("classification", "regression"):
+        _float_parts(model, [*head_names(model), *fresh])
     if gguf:
         _forget_gguf(model)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
@@ -124,8 +131,11 @@ def load_base(
             f"{model.get_input_embeddings().num_embeddings}; they don't belong together"
         )
     model.config.pad_token_id = tokenizer.pad_token_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False  # no key-value cache while training; generation switches it on
-    return Base(name, model.to(target), tokenizer, task, kind, target, tuple(labels) if labels else None)
+    classes = tuple(labels) if labels else None
+    return Base(name, model.to(target), tokenizer, task, kind, target, classes, revision, fresh)
 
 
 def check_base(name: str | None) -> None:
@@ -149,7 +159,7 @@ def _locate(name: str) -> tuple[str, str | None]:
         return str(path), None
     if path.exists():
         raise ModelError(f"model {name}: a single file is read only as GGUF (.gguf); give the model's folder")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.endswith(".gguf"):
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) or name.endswith(".gguf"):
         raise ConfigError(f"model {name}: no such folder or file")
     return name, None
 
@@ -186,6 +196,50 @@ def _auto_class(task: str) -> Any:
     }[task]
 
 
+def _fresh_parts(model: Any, found: Any, task: str, name: str) -> tuple[str, ...]:
+    """Poolers that the checkpoint lacks; `ModelError` where it lacks anything else but a classifier's head."""
+    parameters = {key for key, _ in model.named_parameters(remove_duplicate=False)}
+    absent = sorted(parameters & {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    body = [key for key in absent if key.startswith(f"{model.base_model_prefix}.")]
+    lost = absent
+    if task in ("classification", "regression"):
+        lost = [key for key in body if "pool" not in key]
+    if lost:
+        raise ModelError(
+            f"model {name}: its checkpoint lacks weights of {type(model).__name__}, or has them in another shape: "
+            f"{', '.join(lost[:3])}{', …' if len(lost) > 3 else ''}; it is damaged or made for another task"
+        )
+    return tuple(dict.fromkeys(key.rpartition(".")[0] for key in body))
+
+
+def head_names(model: Any) -> list[str]:
+    """The parts of the model beside its pretrained body: classification heads, poolers outside the body."""
+    return [
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in child.parameters())
+    ]
+
+
+def _float_parts(model: Any, names: list[str]) -> None:
+    """Keep what is trained whole in float32: small steps on 16-bit weights would be rounded away."""
+
+    def cast(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        kind = next(module.parameters()).dtype  # float32 here, another one once the model was merged and converted
+        return tuple(x.to(kind) if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs)
+
+    for name in names:
+        part = model.get_submodule(name)
+        part.float()
+        part.register_forward_pre_hook(cast)
+
+
+def _check_tokenizer(tokenizer: Any, name: str) -> None:
+    """Where the files are missing, transformers makes up a tokenizer of special tokens alone."""
+    if len(tokenizer) - len(tokenizer.added_tokens_decoder) < 2:
+        raise ModelError(f"model {name}: has no tokenizer: its vocabulary (tokenizer.json) is missing; save it there")
+
+
 def _ensure_pad(tokenizer: Any, name: str) -> None:
     """Padding needs a token; the attention mask hides it and labels are masked apart, so any token does."""
     if tokenizer.pad_token_id is None:
@@ -209,12 +263,17 @@ def _forget_gguf(model: Any) -> None:
 def _explained(name: str) -> Iterator[None]:
     """Loading errors of the libraries below, as one message with a reason."""
     import pickle
+    import struct
 
     from safetensors import SafetensorError
 
+    # Files of the wrong shape (a list for a table, a cut GGUF) show as TypeError, AttributeError or struct.error.
+    foreign = (OSError, ValueError, LookupError, RuntimeError, ImportError, TypeError, AttributeError, struct.error)
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, pickle.UnpicklingError) as error:
+    except TrivetError:
+        raise
+    except (*foreign, SafetensorError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:400]
         if isinstance(error, OSError) and not Path(name).exists():
             raise ConfigError(
@@ -225,7 +284,7 @@ def _explained(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' progress bars and notes about newly started heads (we print what matters)."""
     from transformers.utils import logging as hf
 

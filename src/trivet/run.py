@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import logging
-import platform
-import shutil
+import os
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,82 +19,24 @@ from rich.console import Console
 from transformers import EarlyStoppingCallback, TrainingArguments
 
 from trivet.adapter.attach import trainable_parameters
-from trivet.adapter.save import Proof, save_adapter
+from trivet.adapter.save import save_adapter
 from trivet.config import Config
 from trivet.configio import dump
 from trivet.configio import load as load_config
-from trivet.data.dataset import DOCSTRINGS, Dataset, load_dataset
+from trivet.data.dataset import Dataset
 from trivet.data.encode import Encoded, Summary, encode_dataset
 from trivet.errors import ConfigError, TrivetError
 from trivet.evaluate.measure import Evaluation, Settings, write_predictions
-from trivet.memory import peak_memory
 from trivet.methods import find_method
+from trivet.result import build_result
 from trivet.runfolder import RunFolder, storage, write_json, write_text
 from trivet.session import Session, begin
+from trivet.splits import Splits, load_splits
 from trivet.train.callback import RunLog
 from trivet.train.checkpoint import newest_checkpoint, step_of
 from trivet.train.trainer import Trainer
 
 log = logging.getLogger("trivet")
-
-
-@dataclass(frozen=True)
-class Splits:
-    """The rows of a run. `test` is touched once, after training."""
-
-    train: Dataset
-    validation: Dataset | None
-    test: Dataset | None
-
-    def fingerprints(self) -> dict[str, str]:
-        parts = {"train": self.train, "validation": self.validation, "test": self.test}
-        return {name: part.fingerprint for name, part in parts.items() if part is not None}
-
-
-def load_splits(config: Config, train: Any = None, validation: Any = None, test: Any = None) -> Splits:
-    """The data that `config` names, or the given data sets in its place; the same seed gives the same splits."""
-    data, seed = config.data, config.training.seed
-    source = data.train if train is None else train
-    if source is None:
-        raise ConfigError("data.train is not set: a file, a hub data set, or `docstrings` to try trivet out")
-    options: dict[str, Any] = {"columns": data.columns, "on_bad_row": data.on_bad_row}
-    rows = load_dataset(source, format=data.format, **options)
-    if rows.format == "regression" and config.model.task == "classification":
-        rows = load_dataset(source, format="classification", **options)
-    # Other files follow train's format where it could be told apart by values only (labels 1, 2 or 1.5).
-    later = rows.format if rows.format in ("classification", "regression") else "auto"
-
-    held = validation if validation is not None else data.validation
-    held_rows: Dataset | None = None
-    if held == "auto" and source == DOCSTRINGS:
-        held_rows = load_dataset(DOCSTRINGS, split="validation")
-    elif held == "auto":
-        n = min(max(len(rows) // 20, 1), 500)
-        if len(rows) >= 20:
-            rows, held_rows = rows.split(n, seed)
-    elif isinstance(held, (int, float)) and not isinstance(held, bool):
-        if not 0 < held < 1:
-            raise ConfigError(
-                f"data.validation {held:g}: a share of train is above 0 and below 1; or give a file, or null"
-            )
-        n = round(len(rows) * held)
-        if not 0 < n < len(rows):
-            raise ConfigError(f"data.validation {held:g}: of {len(rows)} rows that leaves nothing to one side")
-        rows, held_rows = rows.split(n, seed)
-    elif held is not None:
-        held_rows = load_dataset(held, split="validation", format=later, **options)
-
-    tested = test if test is not None else data.test
-    test_rows = None if tested is None else load_dataset(tested, split="test", format=later, **options)
-    if test_rows is None and source == DOCSTRINGS:
-        test_rows = load_dataset(DOCSTRINGS, split="test").shuffled(seed)
-    if data.max_train_rows is not None:
-        rows = rows.shuffled(seed).take(data.max_train_rows)
-    return Splits(
-        rows,
-        held_rows.take(data.max_validation_rows) if held_rows is not None else None,
-        test_rows.take(data.max_test_rows) if test_rows is not None else None,
-    )
 
 
 @dataclass(frozen=True)
@@ -113,6 +54,11 @@ class Prepared:
 def prepare(config: Config, console: Console, **datasets: Any) -> Prepared:
     """Read the data, load the model, attach the adapter, encode the rows; says what it found."""
     splits = load_splits(config, **datasets)
+    if config.training.early_stopping_patience is not None and splits.validation is None:
+        raise ConfigError("training.early_stopping_patience needs validation rows; set data.validation")
+    for package in config.training.report_to:
+        if find_spec(package) is None:
+            raise ConfigError(f"training.report_to: {package} is not installed here; pip install {package}")
     for name in ("train", "validation", "test"):
         part: Dataset | None = getattr(splits, name)
         if part is not None:
@@ -164,6 +110,8 @@ def train(
     """
     console = console or Console(stderr=True)
     began = time.perf_counter()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("trivet trains in one process so far; start it without torchrun or accelerate launch")
     folder = RunFolder(Path(config.output_dir))
     folder.check_free(resume=resume, overwrite=overwrite)
     if resume:
@@ -195,7 +143,9 @@ def train(
         _say(console, f"evaluating base and tuned on {len(rows):,} {which} rows")
         settings = Settings(**{k: getattr(config.evaluation, k) for k in Settings.__dataclass_fields__})
         evaluation = session.evaluator(rows, settings).side_by_side(session.model)
-    result = _result(ready, trainer, log_callback, proof, evaluation, which, time.perf_counter() - began)
+    result = build_result(
+        ready, trainer.state, log_callback.tokens_per_second, proof, evaluation, which, time.perf_counter() - began
+    )
     if evaluation is not None and evaluation.predictions:
         write_text(folder.predictions, write_predictions(evaluation.predictions))
     write_json(folder.result, result)
@@ -210,8 +160,6 @@ def make_trainer(ready: Prepared, folder: RunFolder, log_callback: RunLog) -> Tr
     every = settings.eval_steps or max(1, -(-steps // 5))
     callbacks: list[Any] = [log_callback]
     if settings.early_stopping_patience is not None:
-        if held is None:
-            raise ConfigError("training.early_stopping_patience needs validation rows; set data.validation")
         callbacks.append(EarlyStoppingCallback(settings.early_stopping_patience))
     with _explained_arguments():
         arguments = TrainingArguments(
@@ -226,6 +174,7 @@ def make_trainer(ready: Prepared, folder: RunFolder, log_callback: RunLog) -> Tr
             lr_scheduler_type=settings.lr_scheduler,
             weight_decay=settings.weight_decay,
             max_grad_norm=settings.max_grad_norm,
+            # The newer name, activation_checkpointing, is unknown to the transformers of Python 3.10.
             gradient_checkpointing=settings.gradient_checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
             eval_strategy="steps" if held else "no",
@@ -234,6 +183,7 @@ def make_trainer(ready: Prepared, folder: RunFolder, log_callback: RunLog) -> Tr
             save_steps=every,
             save_total_limit=settings.keep_checkpoints,
             load_best_model_at_end=bool(held),
+            restore_callback_states_from_checkpoint=True,  # how patient early stopping still is
             metric_for_best_model="eval_loss" if held else None,
             greater_is_better=False if held else None,
             logging_steps=1,
@@ -247,6 +197,8 @@ def make_trainer(ready: Prepared, folder: RunFolder, log_callback: RunLog) -> Tr
             disable_tqdm=True,
             use_cpu=session.base.device.type == "cpu",
         )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # torch's DataParallel would split batches behind our loss
     trainer = Trainer(
         session.model,
         args=arguments,
@@ -275,7 +227,9 @@ def planned_steps(config: Config, rows: int) -> int:
 @contextlib.contextmanager
 def _explained_arguments() -> Iterator[None]:
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of the old name above
+            yield
     except (ValueError, ImportError, RuntimeError) as error:
         raise ConfigError(f"training: these settings can't be used together or here: {error}") from error
 
@@ -289,7 +243,8 @@ def _writing(folder: RunFolder, log_callback: RunLog, *, fresh: bool) -> Iterato
     except BaseException as error:
         log_callback.close()
         if fresh and not any(folder.checkpoints.glob("checkpoint-*")):
-            shutil.rmtree(folder.path, ignore_errors=True)
+            with contextlib.suppress(OSError):  # the error at hand says more
+                folder.clear()
         if isinstance(error, torch.OutOfMemoryError):
             raise TrivetError(
                 "out of GPU memory; lower training.batch_size (and raise gradient_accumulation_steps), or set "
@@ -312,51 +267,3 @@ def _check_same(config: Config, before: Config, folder: RunFolder) -> None:
         changed.append(f"method ({before.method} then, {config.method} now)")
     if changed:
         raise ConfigError(f"run {folder.path}: can't be resumed with other settings: {'; '.join(changed)}")
-
-
-def _result(
-    ready: Prepared,
-    trainer: Trainer,
-    log_callback: RunLog,
-    proof: Proof,
-    evaluation: Evaluation | None,
-    which: str,
-    seconds: float,
-) -> dict[str, Any]:
-    splits, session = ready.splits, ready.session
-    measured = evaluation.to_dict() if evaluation else {"metrics": {"base": {}, "tuned": {}}, "intervals": {}, "n": {}}
-    best = trainer.state.best_metric
-    return {
-        **measured,
-        "evaluated_on": {"split": which, "source": getattr(splits, which).source} if evaluation else None,
-        "best_validation_loss": best,
-        "best_step": trainer.state.best_global_step if best is not None else None,
-        "steps": trainer.state.global_step,
-        "model": session.base.name,
-        "task": session.base.task,
-        "method": ready.config.method,
-        "dtype": str(session.base.dtype).removeprefix("torch."),
-        "device": str(session.base.device),
-        "trainable_parameters": trainable_parameters(session.model),
-        "total_parameters": sum(p.numel() for p in session.model.get_base_model().parameters()),
-        "tokens_per_second": round(log_callback.tokens_per_second, 1),
-        "peak_memory_bytes": peak_memory(),
-        "wall_seconds": round(seconds, 2),
-        "proof": {"relative_logit_error": proof.error, "tolerance": proof.tolerance},
-        "seed": ready.config.training.seed,
-        "data": {
-            "format": splits.train.format,
-            "rows": {k: len(v) for k in ("train", "validation", "test") if (v := getattr(splits, k)) is not None},
-            "fingerprints": splits.fingerprints(),
-            "tokens": ready.summary.tokens,
-            "supervised_tokens": ready.summary.supervised,
-            "shortened_rows": len(ready.summary.shortened),
-            "dropped_rows": len(ready.summary.dropped),
-            "skipped_rows": len(splits.train.skipped),
-        },
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("trivet", "torch", "transformers", "peft", "accelerate")},
-        },
-        "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }

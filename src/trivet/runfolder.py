@@ -6,12 +6,15 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from trivet.errors import AdapterError, ConfigError, RunExistsError, StorageError
 
@@ -55,8 +58,11 @@ class RunFolder:
         """
         if resume and overwrite:
             raise ConfigError("--resume goes on with a run and --overwrite begins it anew; give one of them")
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"output_dir {self.path}: is a file; name a folder")
+        nearest = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
+        if not nearest.is_dir():
+            raise ConfigError(f"output_dir {self.path}: {nearest} is a file; name a folder")
+        if self.path.resolve() in (Path.cwd(), *Path.cwd().parents):
+            raise ConfigError(f"output_dir {self.path}: is the working folder or holds it; name a folder inside")
         there = self.path.is_dir() and any(self.path.iterdir())
         if there and not self.config.exists():
             raise ConfigError(f"output_dir {self.path}: holds files but no run; name another folder")
@@ -70,15 +76,24 @@ class RunFolder:
                 f"output_dir {self.path}: holds {state}. Set another output_dir, or add --overwrite to replace it"
                 + ("" if self.result.exists() else " or --resume to go on with it")
             )
-        nearest = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
         if not os.access(nearest, os.W_OK):
             raise ConfigError(f"output_dir {self.path}: {nearest} can't be written to; set another output_dir")
+
+    def clear(self) -> None:
+        """Remove what a run writes, and nothing else that somebody may have put beside it."""
+        for folder in (self.adapter, self.checkpoints):
+            if folder.exists():
+                shutil.rmtree(folder)
+        for file in (self.config, self.log, self.result, self.predictions):
+            file.unlink(missing_ok=True)
+        if self.path.is_dir() and not any(self.path.iterdir()):
+            self.path.rmdir()
 
     def begin(self, config_text: str, *, resume: bool) -> None:
         """Make the folder with its config.yaml; an earlier run in it is removed unless it is resumed."""
         with storage(f"run folder {self.path}"):
-            if not resume and self.path.exists():
-                shutil.rmtree(self.path)
+            if not resume:
+                self.clear()
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.config, config_text)
 
@@ -97,10 +112,24 @@ def storage(what: str) -> Iterator[None]:
         yield
     except StorageError:
         raise
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        known = _file_error(error)
+        if known is None:
+            raise
+        full = known.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = "the disk or quota is full; free some space" if full else "check the folder's permissions"
-        raise StorageError(f"{what}: can't be written: {error.strerror or error}; {advice}") from error
+        raise StorageError(f"{what}: can't be written: {known.strerror or known}; {advice}") from error
+
+
+def _file_error(error: Exception) -> OSError | None:
+    """The file error behind what safetensors and torch raise in its place; None for any other error."""
+    if isinstance(error, OSError):
+        return error
+    if found := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors
+        return OSError(int(found[1]), os.strerror(int(found[1])))
+    if re.search(r"iostream error|inline_container", str(error)):  # torch: it does not say why a write was cut short
+        return OSError(errno.ENOSPC, "a file was cut short")
+    return None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -132,7 +161,8 @@ def new_folder(path: Path, what: str) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         try:
             yield temporary
-            temporary.chmod(0o755)
+            for made in (temporary, *temporary.rglob("*")):  # temporary folders and safetensors are for the owner only
+                made.chmod(0o755 if made.is_dir() else 0o644)
             if path.exists():
                 shutil.rmtree(path)
             temporary.replace(path)

@@ -53,9 +53,9 @@ class Session:
             size = min(len(self.tokenizer), 1000)
             ids = torch.randint(0, size, (2, 16), generator=torch.Generator().manual_seed(0)).tolist()
             rows = [Encoded(input_ids=row, labels=row) for row in ids]
-            if self.base.task in LABELLED:
-                rows = [Encoded(input_ids=row) for row in ids]
-        batch = self.collator([Encoded(**{**r, "input_ids": r["input_ids"][:256]}) for r in _clipped(rows[:2])])
+            if isinstance(self.encoder, LabelEncoder):  # with the special tokens that a head may look for
+                rows = [self.encoder.inputs(self.tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
+        batch = self.collator(rows[:2] if isinstance(self.encoder, LabelEncoder) else _clipped(rows[:2]))
         batch.pop("labels", None)
         return batch
 
@@ -63,6 +63,8 @@ class Session:
         """What `reopen` needs beside PEFT's files."""
         return {
             "base_model": self.base.name,
+            "revision": self.base.revision,
+            "dtype": str(self.base.dtype).removeprefix("torch."),
             "task": self.base.task,
             "labels": list(self.base.labels) if self.base.labels else None,
             "data": self.data,
@@ -134,6 +136,7 @@ def begin(config: Config, train: Dataset) -> Session:
         lora_alpha=wanted.lora_alpha,
         lora_dropout=wanted.lora_dropout,
         target_modules=wanted.target_modules,
+        modules_to_save=base.fresh,
         task=base.task,
         method=config.method,
         seed=config.training.seed,
@@ -172,6 +175,8 @@ def _positions(base: Base) -> int | None:
 def reopen(folder: Path, *, base_model: str | None = None, dtype: str = "auto", device: str = "auto") -> Session:
     """Load a trained adapter (an adapter folder, or a run folder holding `adapter/`) on its base model.
 
+    `dtype` auto takes the type that it was trained in.
+
     Raises:
         ConfigError: there is no such folder.
         AdapterError: the adapter can't be read, does not fit, or does not say which base model it belongs to.
@@ -183,7 +188,14 @@ def reopen(folder: Path, *, base_model: str | None = None, dtype: str = "auto", 
         raise AdapterError(f"adapter {folder}: does not say which base model it belongs to; pass --base-model")
     tasks = {"CAUSAL_LM": "causal-lm", "SEQ_2_SEQ_LM": "seq2seq", "SEQ_CLS": "classification"}
     task = notes.get("task") or tasks.get(str(config.task_type).rpartition(".")[2], "auto")
-    base = load_base(name, task=task, labels=notes.get("labels"), dtype=dtype, device=device)
+    base = load_base(
+        name,
+        task=task,
+        labels=notes.get("labels"),
+        dtype=notes.get("dtype", "auto") if dtype == "auto" else dtype,
+        device=device,
+        revision=notes.get("revision"),
+    )
     model = load_adapter(base.model, folder)
     data = notes.get("data") or {"max_length": 1024, "chat_template": "auto", "loss_on": "responses"}
     return Session(base, model, make_encoder(base, data), data)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 from trivet.adapter.layers import adapted_layers
 from trivet.errors import AdapterError, ConfigError
 from trivet.methods import find_method
+from trivet.model import head_names
 
 _TASK_TYPES = {
     "causal-lm": TaskType.CAUSAL_LM,
@@ -30,6 +33,7 @@ def attach(
     lora_alpha: float | None = None,
     lora_dropout: float = 0.0,
     target_modules: str | Sequence[str] = "all-linear",
+    modules_to_save: Sequence[str] = (),
     task: str = "auto",
     method: str = "lora",
     seed: int = 42,
@@ -42,6 +46,7 @@ def attach(
         lora_alpha: the update is alpha / r * B A; None means 2 r, a scale of 2.
         lora_dropout: probability of dropping an input of the adapter, 0 to 1.
         target_modules: "all-linear" (every linear layer but the output head), or layer names.
+        modules_to_save: further parts to train whole and save with the adapter, such as a newly started pooler.
         task: causal-lm, seq2seq, classification or regression; `auto` reads it off the model's class.
         method: a name from `trivet methods`.
         seed: seeds the factors, independent of torch's global state.
@@ -60,11 +65,13 @@ def attach(
         raise ConfigError(f"lora_dropout must be at least 0 and below 1, not {lora_dropout}")
     if isinstance(lora_rank, bool) or not isinstance(lora_rank, int) or lora_rank < 1:
         raise ConfigError(f"lora_rank must be a whole number of at least 1, not {lora_rank!r}")
+    if lora_alpha is not None and not 0 < lora_alpha < math.inf:
+        raise ConfigError(f"lora_alpha must be above 0, not {lora_alpha}: at a scale of 0 nothing could be learned")
     if task == "auto":
         task = task_of(model)
     rank = parts.part("rank")(lora_rank).start_rank
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
-    heads = head_names(model) if task in ("classification", "regression") else []
+    heads = [*(head_names(model) if task in ("classification", "regression") else ()), *modules_to_save]
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank if lora_alpha is None else lora_alpha,  # type: ignore[arg-type]
@@ -75,14 +82,22 @@ def attach(
         exclude_modules=rf"(.*\.)?({'|'.join(map(re.escape, heads))})(\..*)?" if heads else None,
     )
     _check_targets(model, targets)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fan_in_fan_out")  # PEFT sets it right for Conv1D by itself
+    with quiet_peft():
         try:
             adapted = get_peft_model(model, config)
         except ValueError as error:
             raise ConfigError(f"model.target_modules {targets}: {error}") from error
     parts.part("decompose")(adapted_layers(adapted), torch.Generator().manual_seed(seed))
     return adapted
+
+
+@contextlib.contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without PEFT's warnings that ask nothing of anybody."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")  # it is set right for Conv1D by itself
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        yield
 
 
 def task_of(model: Any) -> str:
@@ -95,15 +110,6 @@ def task_of(model: Any) -> str:
     if getattr(config, "is_encoder_decoder", False):
         return "seq2seq"
     raise ConfigError(f"can't tell what to train {name} for; pass task=, one of {', '.join(_TASK_TYPES)}")
-
-
-def head_names(model: Any) -> list[str]:
-    """The parts of the model beside its pretrained body: classification heads, poolers outside the body."""
-    return [
-        name
-        for name, child in model.named_children()
-        if name != model.base_model_prefix and any(True for _ in child.parameters())
-    ]
 
 
 def _check_targets(model: Any, targets: str | list[str]) -> None:

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from trivet.adapter.attach import quiet_peft
 from trivet.errors import AdapterError, ConfigError, ProofError
+from trivet.model import quiet
 from trivet.runfolder import new_folder, write_json
 
 log = logging.getLogger("trivet")
@@ -70,7 +72,7 @@ def save_adapter(
 def prove_adapter(model: PeftModel, folder: Path, probe: Mapping[str, torch.Tensor], tolerance: float = 1e-4) -> Proof:
     """Load the saved adapter beside the live one, on the same base, and compare their logits."""
     expected = logits(model, probe)
-    live = model.active_adapter
+    live, was_training = model.active_adapter, model.training
     model.load_adapter(str(folder), adapter_name="proof", is_trainable=False)
     try:
         model.set_adapter("proof")
@@ -78,6 +80,7 @@ def prove_adapter(model: PeftModel, folder: Path, probe: Mapping[str, torch.Tens
     finally:
         model.set_adapter(live)
         model.delete_adapter("proof")
+        model.train(was_training)  # loading switches it off
     return compare_logits(expected, found, f"adapter {folder}", tolerance)
 
 
@@ -144,10 +147,20 @@ def load_adapter(base_model: Any, folder: Path, *, trainable: bool = False) -> P
     """Put a saved adapter on its base model. Raises `AdapterError` where it does not fit."""
     read_config(folder)
     try:
-        return PeftModel.from_pretrained(base_model, str(folder), is_trainable=trainable)
-    except (ValueError, KeyError, RuntimeError, SafetensorError, OSError) as error:
+        with quiet_peft():
+            model = PeftModel.from_pretrained(base_model, str(folder), is_trainable=trainable)
+        with safe_open(folder / _WEIGHTS, framework="pt") as file:
+            stored = set(file.keys())
+    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise AdapterError(f"adapter {folder}: does not fit the base model or is damaged: {reason}") from error
+    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    # PEFT only warns about layers that the file lacks, and says nothing of layers that the base model lacks.
+    odd = sorted(wanted - stored) + sorted(key for key in stored - wanted if ".lora_" in key)
+    if odd:
+        whose = "its file lacks" if odd[0] in wanted else "the base model has no layer for"
+        raise AdapterError(f"adapter {folder}: does not fit the base model or is damaged: {whose} {odd[0]}")
+    return model
 
 
 def check_form(form: str) -> None:
@@ -210,7 +223,7 @@ def merge(
     expected, target = logits(model, probe), dtype or model.dtype
     auto_class = type(model.get_base_model())
     merged = model.float().merge_and_unload().to(target)
-    with new_folder(folder, "model") as temporary:
+    with new_folder(folder, "model") as temporary, quiet():
         merged.config.use_cache = True
         merged.save_pretrained(str(temporary), safe_serialization=True)
         if tokenizer is not None:

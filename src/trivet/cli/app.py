@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             function(*args, **kwargs)
-        except typer.Exit:
+        except (typer.Exit, BrokenPipeError):  # Click ends quietly where the reader of a pipe is gone
             raise
         except KeyboardInterrupt:
             _fail("interrupted", 130)
@@ -66,15 +68,24 @@ def split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
     return (Path(files[0]) if files else None), [a for a in arguments if "=" in a]
 
 
-def main() -> None:
-    """Entry point of the console script."""
-    if "--debug" in sys.argv:
-        sys.argv.remove("--debug")
-        _State.debug = True
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("trivet").setLevel(logging.INFO)
+def build() -> typer.Typer:
+    """The command with all its verbs."""
     from trivet.cli import chat, evaluate, export, generate, init, merge, methods, train, validate
 
-    for module in (init, validate, train, evaluate, generate, chat, merge, export, methods):
-        module.register(app)
-    app()
+    if not app.registered_commands:
+        for module in (init, validate, train, evaluate, generate, chat, merge, export, methods):
+            module.register(app)
+    return app
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    _State.debug = "--debug" in sys.argv
+    if _State.debug:
+        sys.argv.remove("--debug")
+    else:  # what the libraries below say to their own developers
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("trivet").setLevel(logging.INFO)
+    build()()

@@ -26,7 +26,7 @@ def register(app: typer.Typer) -> None:
     def merge(
         adapter: Annotated[Path, typer.Argument(help="run folder or adapter folder")],
         output: Annotated[Path, typer.Argument(help="folder for the full model")],
-        dtype: Annotated[str, typer.Option(help="auto (the base's own), float32, bfloat16 or float16")] = "auto",
+        dtype: Annotated[str, typer.Option(help="auto (as trained), float32, bfloat16 or float16")] = "auto",
         base_model: Annotated[str, typer.Option(help="where the adapter does not say which it belongs to")] = "",
         overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is in OUTPUT")] = False,
     ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -22,11 +23,17 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Fine-tune, save the adapter (proved by reloading it), and evaluate base and tuned side by side."""
         from trivet.configio import load
-        from trivet.run import train as run
 
         path, overrides = split_arguments(arguments)
         config = load(path, overrides)
-        outcome = run(config, resume=resume, overwrite=overwrite)
+        from trivet.run import train as run  # imports torch: not before the config is right
+
+        try:
+            outcome = run(config, resume=resume, overwrite=overwrite)
+        except KeyboardInterrupt:
+            if Path(config.output_dir).exists():  # what has no checkpoint yet is removed
+                typer.echo(f"run folder {config.output_dir} keeps its checkpoints; --resume goes on with it", err=True)
+            raise
         if outcome.evaluation is not None:
             show(outcome.evaluation)
         result = outcome.result

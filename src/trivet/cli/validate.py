@@ -20,14 +20,15 @@ def register(app: typer.Typer) -> None:
         rows: Annotated[int, typer.Option(min=0, help="how many training rows to show")] = 2,
     ) -> None:
         """Check config, data and model without training; show the first rows with what is learned marked."""
-        from rich.console import Console
-
         from trivet.configio import load
-        from trivet.memory import estimate
-        from trivet.run import planned_steps, prepare
 
         path, overrides = split_arguments(arguments)
         config = load(path, overrides)
+        from rich.console import Console
+
+        from trivet.memory import estimate  # imports torch: not before the config is right
+        from trivet.run import planned_steps, prepare
+
         ready = prepare(config, Console(highlight=False))
         for index, row in enumerate(ready.train_rows[:rows]):
             typer.echo(f"\nrow {index + 1}, as the model sees it; what is learned stands between « and »:")

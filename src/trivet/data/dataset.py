@@ -94,7 +94,11 @@ def load_dataset(
         if isinstance(row, BadRow):
             _refuse_or_keep(row, bad, on_bad_row)
         else:
-            good.append(Row(_rename(row, columns or {}), row.origin))
+            renamed = _rename(row, columns or {})
+            if isinstance(renamed, BadRow):
+                _refuse_or_keep(renamed, bad, on_bad_row)
+            else:
+                good.append(renamed)
     if not good:
         raise DataError(
             f"{name}: no rows" + (f" (skipped {len(bad)}, the first: {bad[0]})" if bad else "; the file is empty")
@@ -127,7 +131,7 @@ def _name(source: Any) -> str:
 
 
 def _rows(source: Any, split: str) -> Iterable[Row | BadRow]:
-    if source == DOCSTRINGS and not Path(DOCSTRINGS).exists():
+    if isinstance(source, str) and source == DOCSTRINGS and not Path(DOCSTRINGS).exists():
         from trivet.data.docstrings import harvest, split_by_package
 
         parts = dict(zip(("train", "validation", "test"), split_by_package(harvest()), strict=True))
@@ -151,14 +155,11 @@ def _python_row(values: Any, index: int) -> Row | BadRow:
     return Row(dict(values), f"row {index + 1}")
 
 
-def _rename(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
-    if not columns:
-        return row.values
+def _rename(row: Row, columns: Mapping[str, str]) -> Row | BadRow:
     values = dict(row.values)
     for ours, theirs in columns.items():
         if theirs not in row.values:
-            raise DataError(
-                f"{row.origin}: data.columns maps `{ours}` to `{theirs}`, but the row has {', '.join(row.values)}"
-            )
+            has = ", ".join(map(str, row.values))
+            return BadRow(row.origin, f"data.columns maps `{ours}` to `{theirs}`, but the row has {has}")
         values[ours] = row.values[theirs]
-    return {k: v for k, v in values.items() if k in columns or k not in columns.values()}
+    return Row({k: v for k, v in values.items() if k in columns or k not in columns.values()}, row.origin)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +72,8 @@ def _turns(value: Any, column: str, role_key: str, content_key: str) -> tuple[Me
             raise _BadValueError(
                 f"`{column}`[{index}] has {role_key} {turn.get(role_key)!r}, expected user, assistant, system or tool"
             )
-        rest = {k: v for k, v in turn.items() if k not in (role_key, content_key) and v is not None}
+        taken = (role_key, content_key, "role", "content")
+        rest = {k: v for k, v in turn.items() if k not in taken and v is not None}
         content = turn.get(content_key)
         if isinstance(content, list):  # OpenAI's content parts
             if not all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
@@ -88,6 +91,11 @@ def _turns(value: Any, column: str, role_key: str, content_key: str) -> tuple[Me
 
 def _tools(row: Mapping[str, Any]) -> tuple[Any, ...]:
     value = row.get("tools") or []
+    if isinstance(value, str):  # ShareGPT files with tools hold them as JSON text
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise _BadValueError(f"column `tools` is not valid JSON: {error}") from error
     if not isinstance(value, list):
         raise _BadValueError("column `tools` must be a list")
     return tuple(value)
@@ -102,9 +110,13 @@ def _conversations(row: Mapping[str, Any]) -> dict[str, Any]:
     first = value[0] if isinstance(value, list) and value else None
     pair = ("role", "content") if isinstance(first, dict) and "role" in first else ("from", "value")
     turns = _turns(row.get("conversations"), "conversations", *pair)
-    if row.get("system") and turns[0]["role"] != "system":
-        turns = ({"role": "system", "content": _string(row, "system")}, *turns)
+    if _system(row) and turns[0]["role"] != "system":
+        turns = ({"role": "system", "content": _system(row)}, *turns)
     return {"messages": turns, "tools": _tools(row)}
+
+
+def _system(row: Mapping[str, Any]) -> str:
+    return "" if row.get("system") is None else _string(row, "system", empty=True)
 
 
 def _number(row: Mapping[str, Any]) -> str | None:
@@ -134,7 +146,7 @@ def _prompt_completion(row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "prompt": _string(row, "prompt", empty=True),
         "completion": _string(row, "completion"),
-        "system": row.get("system") or "",
+        "system": _system(row),
         "number": _number(row),
     }
 
@@ -148,7 +160,7 @@ def _references(row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "prompt": _string(row, "prompt", empty=True),
         "references": tuple(value),
-        "system": row.get("system") or "",
+        "system": _system(row),
         "number": _number(row),
     }
 
@@ -158,7 +170,7 @@ def _alpaca(row: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(extra, str):
         raise _BadValueError("column `input` must be text")
     prompt = f"{instruction}\n\n{extra}" if extra.strip() else instruction
-    return {"prompt": prompt, "completion": _string(row, "output"), "system": row.get("system") or ""}
+    return {"prompt": prompt, "completion": _string(row, "output"), "system": _system(row)}
 
 
 def _text(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,8 +188,10 @@ def _classification(row: Mapping[str, Any]) -> dict[str, Any]:
     label = row.get("label")
     if isinstance(label, (bool, int)):
         label = str(label)
-    elif isinstance(label, float):
-        label = f"{label:g}"
+    elif isinstance(label, float) and math.isfinite(
+        label
+    ):  # pandas writes whole numbers as floats where some are missing
+        label = str(int(label)) if label.is_integer() else repr(label)
     if not isinstance(label, str) or not label.strip():
         raise _BadValueError(f"column `label` is {label!r}, expected a class name or number")
     return {**_pair(row), "label": label.strip()}
@@ -186,7 +200,7 @@ def _classification(row: Mapping[str, Any]) -> dict[str, Any]:
 def _regression(row: Mapping[str, Any]) -> dict[str, Any]:
     try:
         label = float(row["label"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         label = math.nan
     if not math.isfinite(label):
         raise _BadValueError(f"column `label` is {row.get('label')!r}, expected a finite number")
@@ -208,7 +222,7 @@ def _multiple_choice(row: Mapping[str, Any]) -> dict[str, Any]:
                 answer = options.index(answer)
                 break
         else:
-            answer = int(answer) if answer.isdigit() else answer
+            answer = int(answer) if answer.isdecimal() and len(answer) < 10 else answer
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise _BadValueError(
             f"column `answer` is {row.get('answer')!r}, expected an index below {len(choices)}, a letter, or a choice"
@@ -218,7 +232,7 @@ def _multiple_choice(row: Mapping[str, Any]) -> dict[str, Any]:
         "choices": tuple(choices),
         "answer": answer,
         "completion": choices[answer],
-        "system": row.get("system") or "",
+        "system": _system(row),
     }
 
 
@@ -243,9 +257,8 @@ def detect(rows: Iterable[Mapping[str, Any]], source: str) -> str:
     classification. Raises `DataError` that lists the columns found and what would fit.
     """
     sample = [row for _, row in zip(range(200), rows, strict=False)]
-    common = [
-        c for c in dict.fromkeys(k for row in sample for k in row) if sum(c in r for r in sample) * 2 > len(sample)
-    ]
+    filled = Counter(column for row in sample for column, value in row.items() if value is not None)
+    common = [column for column, count in filled.items() if count * 2 > len(sample)]
     for name, (columns, _) in _FORMATS.items():
         if all(c in common for c in columns) and not (name == "regression" and not _continuous(sample)):
             return name
@@ -260,7 +273,7 @@ def _continuous(sample: list[Mapping[str, Any]]) -> bool:
     labels = [row.get("label") for row in sample if row.get("label") not in (None, "")]
     try:
         numbers = [float(label) for label in labels if not isinstance(label, bool)]  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
     written_as_float = any(isinstance(label, float) or "." in str(label) for label in labels)
     return len(numbers) == len(labels) > 0 and written_as_float and any(not n.is_integer() for n in numbers)
@@ -269,6 +282,10 @@ def _continuous(sample: list[Mapping[str, Any]]) -> bool:
 def parse(values: Mapping[str, Any], fmt: str, origin: str) -> Example | str:
     """The row as an `Example`, or the reason why it is not one."""
     try:
-        return Example(origin=origin, **_FORMATS[fmt][1](values))
+        example = Example(origin=origin, **_FORMATS[fmt][1](values))
+        json.dumps(vars(example), ensure_ascii=False, default=str).encode()
     except _BadValueError as reason:
         return f"{reason} (format {fmt})"
+    except UnicodeEncodeError as error:  # JSON can say \ud83d alone, which no tokenizer takes
+        return f"holds half a character, {error.object[error.start]!r} (an unpaired surrogate)"
+    return example

@@ -79,9 +79,7 @@ class TextEncoder:
     ) -> None:
         """`chat_template`: `auto` (the tokenizer's own, for rows with a prompt), `none`, or a path to a Jinja file."""
         if tokenizer.eos_token_id is None:
-            raise ConfigError(
-                "the tokenizer has no end-of-sequence token, so the model could not learn to stop; set its eos_token"
-            )
+            raise ConfigError("the tokenizer has no end-of-sequence token to learn to stop with; set its eos_token")
         self.tokenizer, self.task, self.max_length, self.loss_on = tokenizer, task, max_length, loss_on
         own = None
         if chat_template not in ("auto", "none"):
@@ -93,8 +91,10 @@ class TextEncoder:
                 ) from error
         self.chat = ChatTemplate(tokenizer, own)
         self.templated = chat_template != "none" and task == "causal-lm" and bool(own or tokenizer.chat_template)
-        empty = tokenizer("")["input_ids"]
-        self.bos = [empty[0]] if empty and empty[0] == tokenizer.bos_token_id else []
+        letter = tokenizer("a")["input_ids"]
+        self.bos = letter[:1] if letter[0] == tokenizer.bos_token_id else []
+        # what stands before text that goes on, where a piece of text has other ids than the same text in the middle
+        self.anchor = "" if self._ids("a\n") + self._ids("b") == self._ids("a\nb") else "\n"
 
     # -- rows to learn from ------------------------------------------------------------------------------------
 
@@ -110,68 +110,71 @@ class TextEncoder:
         rows, cut = [], False
         for rendered in self._rendered(example):
             ids, learned = self._tokens(rendered)
-            if self.loss_on == "all":
-                learned = [True] * len(ids)
             cut |= len(ids) > self.max_length
             ids, learned = truncate(ids, learned, self.max_length)
-            learned[:1] = [False]  # nothing comes before the first token, so it can't be predicted
+            if self.loss_on == "all":
+                learned = [False, *[True] * (len(ids) - 1)]  # nothing comes before the first token to predict it from
             if any(learned):
-                rows.append(
-                    Encoded(
-                        input_ids=ids,
-                        labels=[t if on else IGNORE for t, on in zip(ids, learned, strict=True)],
-                    )
-                )
+                labels = [token if on else IGNORE for token, on in zip(ids, learned, strict=True)]
+                rows.append(Encoded(input_ids=ids, labels=labels))
         return rows, cut
 
     def _rendered(self, example: Example) -> list[Rendered]:
-        if example.messages and (self.templated or len(example.messages) > 2 or example.messages[0]["role"] != "user"):
+        if self._is_chat(example):
             return self.chat.supervised(example.messages, example.tools)
         target = references(example)[0]
         if self.templated:
-            return self.chat.supervised(
-                [*self._asked(example), {"role": "assistant", "content": target}], example.tools
-            )
+            return self.chat.supervised([*self._asked(example), {"role": "assistant", "content": target}])
         head = self.prompt_text(example)
         return [Rendered(head + target, ((len(head), len(head) + len(target)),), needs_eos=True)]
 
     def _tokens(self, rendered: Rendered) -> tuple[list[int], list[bool]]:
-        """Token ids, and which of them lie in a span to learn."""
-        ids: list[int] = []
-        learned: list[bool] = []
-        if self.tokenizer.is_fast:
-            out = self.tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
-            ids = list(out["input_ids"])
-            learned = [
-                first < stop and any(stop > start and first < end for start, end in rendered.spans)
-                for first, stop in out["offset_mapping"]
-            ]
-        else:  # no character offsets: tokenise piece by piece
-            edges = [0, *(edge for span in rendered.spans for edge in span), len(rendered.text)]
-            for index, (a, b) in enumerate(itertools.pairwise(edges)):
-                piece = self.tokenizer(rendered.text[a:b], add_special_tokens=False)["input_ids"]
-                ids += piece
-                learned += [index % 2 == 1] * len(piece)
-        if not (self.templated or rendered.text.startswith(self.tokenizer.bos_token or "\0")):
-            ids, learned = self.bos + ids, [False] * len(self.bos) + learned
+        """Token ids, and which of them lie in a span to learn.
+
+        Spans are tokenised apart from what is around them. So no token lies half inside one, and what stands before
+        the first has the very ids that `prompt_ids` gives the model: "Answer: 42" as a whole would be one token
+        " 42", which no model can write after the space of a tokenised "Answer: ".
+        """
+        ids = [] if self.templated else self._bos(rendered.text)
+        learned = [False] * len(ids)
+        edges = [0, *(edge for span in rendered.spans for edge in span), len(rendered.text)]
+        for index, (start, end) in enumerate(itertools.pairwise(edges)):
+            in_span = index % 2 == 1
+            if in_span and not ids:  # the answer to nothing follows an end of sequence, as in `prompt_ids`
+                ids, learned = [self.tokenizer.eos_token_id], [False]
+            piece = self._going_on(rendered.text[:start], rendered.text[start:end])
+            ids += piece
+            learned += [in_span] * len(piece)
         if rendered.needs_eos:
             ids, learned = [*ids, self.tokenizer.eos_token_id], [*learned, True]
         return ids, learned
 
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+    def _going_on(self, before: str, text: str) -> list[int]:
+        """Ids of `text` after `before`: many tokenizers put a space where a text begins, some after a special token."""
+        special = (token for token in self.chat.special if before.endswith(token))
+        anchor = next(special, self.anchor) if before else ""
+        known, ids = self._ids(anchor), self._ids(anchor + text)
+        return ids[len(known) :] if ids[: len(known)] == known else self._ids(text)
+
+    def _bos(self, text: str) -> list[int]:
+        return [] if self.bos and text.startswith(self.tokenizer.bos_token) else list(self.bos)
+
     def _blocks(self, text: str) -> list[Encoded]:
-        """Plain text, all of it learned; what exceeds `max_length` goes on in further rows."""
-        ids = [
-            *self.bos,
-            *self.tokenizer(text, add_special_tokens=False)["input_ids"],
-            self.tokenizer.eos_token_id,
-        ]
-        blocks = [ids[i : i + self.max_length] for i in range(0, len(ids), self.max_length)]
+        """Plain text, all of it learned; what exceeds `max_length` goes on in further rows.
+
+        Each row starts with the last token of the one before, so that every token but the first is predicted once.
+        """
         if self.task == "seq2seq":
             raise TemplateError("an encoder-decoder needs rows with a prompt and a completion, not plain text")
-        return [Encoded(input_ids=b, labels=[IGNORE, *b[1:]]) for b in blocks if len(b) > 1]
+        ids = [*self._bos(text), *self._ids(text), self.tokenizer.eos_token_id]
+        blocks = [ids[i : i + self.max_length] for i in range(0, len(ids) - 1, self.max_length - 1)]
+        return [Encoded(input_ids=block, labels=[IGNORE, *block[1:]]) for block in blocks]
 
     def _pair(self, example: Example) -> tuple[list[Encoded], bool]:
-        source = self.tokenizer(self.prompt_text(example))["input_ids"]
+        source = list(self.tokenizer(self.prompt_text(example))["input_ids"]) or [self.tokenizer.eos_token_id]
         target = list(self.tokenizer(text_target=references(example)[0])["input_ids"])
         if not target or target[-1] != self.tokenizer.eos_token_id:
             target.append(self.tokenizer.eos_token_id)
@@ -183,14 +186,17 @@ class TextEncoder:
 
     def prompt_text(self, example: Example) -> str:
         """What the model is given before it answers the row (its last assistant turn in a chat)."""
+        if self.templated or self._is_chat(example):
+            return self.chat.text(self._asked(example), tools=example.tools, generation=True)
         if example.messages:
-            asked = self._asked(example)
-            if self.templated or len(asked) > 1 or asked[0]["role"] != "user":
-                return self.chat.text(asked, tools=example.tools, generation=True)
-            return self._joined(str(asked[0]["content"]))
-        if self.templated:
-            return self.chat.text(self._asked(example), generation=True)
+            return self._joined(str(example.messages[0]["content"]))
         return self._joined(f"{example.system}\n\n{example.prompt}" if example.system else example.prompt)
+
+    def _is_chat(self, example: Example) -> bool:
+        """Whether the row needs a chat template even of a model without: more than a question and its answer."""
+        roles = [m["role"] for m in example.messages]
+        answered = roles == ["user", "assistant"] and not example.messages[1].get("tool_calls")
+        return bool(roles) and (self.templated or not answered)
 
     def _joined(self, prompt: str) -> str:
         return prompt if self.task == "seq2seq" or not prompt or prompt[-1].isspace() else prompt + "\n"
@@ -243,17 +249,23 @@ class LabelEncoder:
                 f"{example.origin}: label {example.label!r} does not occur in the training data "
                 f"({', '.join(self.labels[:8])}{', …' if len(self.labels) > 8 else ''})"
             )
-        row = self.inputs(str(example.text), example.text_pair)
+        row, cut = self._inputs(str(example.text), example.text_pair)
         row["labels"] = label
-        return [row], len(row["input_ids"]) >= self.max_length
+        return [row], cut
 
     def inputs(self, text: str, text_pair: str | None = None) -> Encoded:
         """A text, or a pair, as model inputs without a label; the longer of a pair is cut first."""
-        out = self.tokenizer(text, text_pair, truncation="longest_first", max_length=self.max_length)
+        return self._inputs(text, text_pair)[0]
+
+    def _inputs(self, text: str, text_pair: str | None) -> tuple[Encoded, bool]:
+        out = self.tokenizer(text, text_pair, verbose=False)  # it would warn of the length, which is cut here
+        cut = len(out["input_ids"]) > self.max_length
+        if cut:
+            out = self.tokenizer(text, text_pair, truncation="longest_first", max_length=self.max_length)
         row = Encoded(input_ids=list(out["input_ids"]))
         if "token_type_ids" in out:
             row["token_type_ids"] = list(out["token_type_ids"])
-        return row
+        return row, cut
 
 
 def encode_dataset(

@@ -10,6 +10,7 @@ import csv
 import gzip
 import json
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ from typing import IO, Any
 from trivet.errors import ConfigError, DataError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+
+#: Columns that hold lists of objects themselves, so that one row of them is no wrapping of rows.
+_LISTS = ("messages", "conversations", "tools", "prompt", "completion")
 
 
 @dataclass(frozen=True)
@@ -49,14 +53,18 @@ def read(source: str | Path, split: str = "train") -> Iterator[Row | BadRow]:
     if path.is_dir():
         raise ConfigError(f"data {source}: is a folder; name its files ({', '.join(SUFFIXES)})")
     if not path.exists():
-        if _looks_like_file(path):
+        if _looks_like_file(str(source), path):
             raise ConfigError(f"data file {source}: no such file (looked in {path.absolute().parent})")
         yield from _hub(str(source), split)
         return
     kind = file_kind(path)
     try:
         yield from _READERS[kind](path)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{source}:{_undecodable_line(path)}: not UTF-8 text ({error.reason}); save the file as UTF-8"
+        ) from error
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{source}: cannot be read as {kind[1:]}: {error}") from error
 
 
@@ -70,15 +78,25 @@ def file_kind(path: Path) -> str:
     return suffixes[-1]
 
 
-def _looks_like_file(path: Path) -> bool:
-    text = str(path)
-    return path.is_absolute() or text.startswith((".", "~")) or path.suffix.lower() in (*SUFFIXES, ".gz")
+def _looks_like_file(source: str, path: Path) -> bool:
+    return path.is_absolute() or source.startswith((".", "~")) or path.suffix.lower() in (*SUFFIXES, ".gz")
 
 
 def _open(path: Path) -> IO[str]:
     if path.suffix.lower() == ".gz":
         return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
     return path.open(encoding="utf-8-sig", newline="")
+
+
+def _undecodable_line(path: Path) -> int:
+    """The first line that is not UTF-8: the decoder's own position counts from the start of its buffer."""
+    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    raise DataError(f"{path}: changed while it was read")
 
 
 def _jsonl(path: Path) -> Iterator[Row | BadRow]:
@@ -88,9 +106,12 @@ def _jsonl(path: Path) -> Iterator[Row | BadRow]:
                 continue
             origin = f"{path}:{number}"
             try:
-                value = json.loads(line)
+                value = json.loads(line.rstrip("\r\n"))
             except json.JSONDecodeError as error:
-                yield BadRow(origin, f"not valid JSON: {error.msg} at column {error.colno}")
+                yield BadRow(origin, _json_fault(error))
+                continue
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, endless nesting
+                yield BadRow(origin, f"not usable JSON: {error}")
                 continue
             yield _object(value, origin)
 
@@ -104,14 +125,22 @@ def _json(path: Path) -> Iterator[Row | BadRow]:
         if error.msg == "Extra data":  # JSON lines under the name .json are common
             yield from _jsonl(path)
             return
-        raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from error
+        raise DataError(f"{path}:{error.lineno}: {_json_fault(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not usable JSON: {error}") from error
     if isinstance(value, dict):
-        lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
+        lists = [
+            v for k, v in value.items() if k not in _LISTS and isinstance(v, list) and v and isinstance(v[0], dict)
+        ]
         value = lists[0] if len(lists) == 1 else [value]  # {"data": [...]} is a common wrapping
     if not isinstance(value, list):
         raise DataError(f"{path}:1: expected a list of rows, found {type(value).__name__}")
     for index, item in enumerate(value):
         yield _object(item, f"{path}:row {index + 1}")
+
+
+def _json_fault(error: json.JSONDecodeError) -> str:
+    return f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
 
 
 def _object(value: Any, origin: str) -> Row | BadRow:
@@ -135,7 +164,8 @@ def _table(delimiter: str) -> Callable[[Path], Iterator[Row | BadRow]]:
                     else:
                         yield Row(dict(values), origin)
             except csv.Error as error:
-                raise DataError(f"{path}:{reader.line_num}: not a valid table: {error}") from error
+                # line_num is where the last good row ends, so this one starts on the next
+                raise DataError(f"{path}:{reader.line_num + 1}: not a valid table: {error}") from error
 
     return rows
 
@@ -186,7 +216,7 @@ def _hub(name: str, split: str) -> Iterator[Row | BadRow]:
         OSError,
         ValueError,
     ) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
             f"data {name}: no local file of that name, and the hub data set (split {split}) cannot be loaded: {reason}"
         ) from error

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trivet.data.detect import Message
+from trivet.errors import DataError
 
 #: For chats with models that bring no template. Every assistant turn ends with the end-of-sequence token.
 PLAIN_CHAT = (
@@ -25,7 +26,7 @@ def _common_prefix(a: str, b: str) -> str:
     return a[:length]
 
 
-class TemplateError(ValueError):
+class TemplateError(DataError):
     """A chat template refuses a chat (for example two user turns in a row); the caller names the row."""
 
 
@@ -43,7 +44,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, own: str | None = None) -> None:
         self.tokenizer = tokenizer
-        self.jinja = own or tokenizer.chat_template or PLAIN_CHAT
+        self.jinja = own or (None if tokenizer.chat_template else PLAIN_CHAT)  # None: the tokenizer's
         self.special = {str(t) for t in tokenizer.all_special_tokens} | {
             t.content for t in tokenizer.added_tokens_decoder.values() if t.special
         }
@@ -60,7 +61,7 @@ class ChatTemplate:
                 tokenize=False,
                 add_generation_prompt=generation,
             )
-        except (JinjaError, TypeError, KeyError, ValueError) as error:
+        except (JinjaError, TypeError, LookupError, ValueError) as error:
             raise TemplateError(f"the chat template refuses the row: {error}") from error
 
     def supervised(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[Rendered]:
@@ -90,21 +91,38 @@ class ChatTemplate:
             if message["role"] != "assistant":
                 continue
             content = str(message["content"]).strip()
-            upto = _common_prefix(text, self.text(messages[: index + 1], tools=tools))
-            if index == 0:  # nothing precedes it, so no prefix can be rendered
-                start = at = upto.find(content)
-            else:
-                start = len(_common_prefix(upto, self.text(messages[:index], tools=tools, generation=True)))
-                at = upto.find(content, start)
-                if at < 0:  # the generation prompt goes on with characters that the answer happens to start with
-                    start = at = upto.find(content, max(start - len(content), 0))
-            if at < 0:
+            so_far = self.text(messages[: index + 1], tools=tools)
+            upto = _common_prefix(text, so_far)
+            start = self._start(messages[: index + 1], tools, upto)
+            at = upto.find(content, start)
+            if at < 0 or not ((content and not message.get("tool_calls")) or text.startswith(so_far.rstrip())):
                 return None
+            if message.get("tool_calls"):
+                mute = {k: v for k, v in message.items() if k != "tool_calls"}
+                if self.text([*messages[:index], mute], tools=tools) == so_far:
+                    raise TemplateError(
+                        f"the chat template leaves out the tool calls of turn {index + 1}; set data.chat_template"
+                    )
             body = upto[at + len(content) :]
             ending = body.strip()
             ended = any(ending.endswith(token) for token in self.special)
             spans.append((start, len(upto.rstrip())))  # with the text that closes the turn, without the line's end
         return Rendered(text if ended or not spans else text[: spans[-1][1]], tuple(spans), not ended)
+
+    def _start(self, messages: Sequence[Message], tools: Sequence[Any], upto: str) -> int:
+        """Where the answer of the last turn starts in `upto`: right after the generation prompt.
+
+        But a chat's first turn has no such prompt, and some prompts end with what the answer lacks ("<think>") or
+        happens to start with. There the answer starts at the latest where two other answers would differ.
+        """
+        *before, turn = messages
+        start = len(upto)
+        if before and upto.startswith(prompt := self.text(before, tools=tools, generation=True)):
+            start = len(prompt)
+            if upto.startswith(str(turn["content"]).strip(), start):
+                return start
+        one, other = (self.text([*before, {**turn, "content": text}], tools=tools) for text in "01")
+        return min(start, len(_common_prefix(one, other)))
 
     def end_of_turn(self) -> str | None:
         """The special token that ends an assistant turn, for generation to stop at; None where there is none."""

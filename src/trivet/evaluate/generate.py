@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +28,8 @@ def generate(
 ) -> list[str]:
     """Continue each prompt (token ids) until a stop token or `max_new_tokens`; greedy at temperature 0.
 
+    An answer also ends at the last position that the model knows.
+
     Returns the new text only, special tokens left out, in the order of `prompts`.
     """
     from transformers import GenerationConfig
@@ -43,6 +46,7 @@ def generate(
         use_cache=True,
         **({"temperature": temperature, "top_p": top_p} if temperature > 0 else {}),
     )
+    positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     collate = Collator(tokenizer.pad_token_id, side="right" if seq2seq else "left")
     answers = [""] * len(prompts)
     was_training = model.training
@@ -51,6 +55,8 @@ def generate(
     for first in range(0, len(order), batch_size):
         indices = order[first : first + batch_size]
         batch = to_device(collate([Encoded(input_ids=prompts[i]) for i in indices]), model.device)
+        taken = 1 if seq2seq else batch["input_ids"].shape[1]
+        settings.max_new_tokens = min(max_new_tokens, positions - taken)
         out = model.generate(**batch, generation_config=settings, streamer=streamer)
         new = out if seq2seq else out[:, batch["input_ids"].shape[1] :]
         for index, text in zip(indices, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):

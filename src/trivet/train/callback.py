@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.text import Text
 from transformers import TrainerCallback
 
-from trivet.errors import StorageError
+from trivet.errors import StorageError, TrivetError
 from trivet.memory import current_memory
 
 
@@ -97,6 +97,11 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
             self.file.flush()
         except OSError as error:
             raise StorageError(f"log {self.path}: can't be written: {error}") from error
+        if not math.isfinite(row.get("loss", 0.0)):  # the gradient, and with it the adapter, is lost
+            raise TrivetError(
+                f"training diverged: the loss of step {state.global_step} is {row['loss']}. Lower "
+                f"training.learning_rate (now {args.learning_rate:g}), or set model.dtype to float32 or bfloat16"
+            )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.close()
@@ -131,4 +136,4 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
             self._say(line)
 
     def _say(self, line: str) -> None:
-        self.console.print(line, highlight=False)
+        self.console.print(line, highlight=False, soft_wrap=True)

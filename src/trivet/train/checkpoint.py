@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import zipfile
 from pathlib import Path
 
 from trivet.errors import AdapterError
@@ -32,10 +33,15 @@ def damage(path: Path) -> str | None:
     for name in _NEEDED:
         if not (path / name).is_file() or not (path / name).stat().st_size:
             return f"{name} is missing or empty"
+    if not any(path.glob("rng_state*.pth")):  # one for each process
+        return "rng_state.pth is missing"
     try:
         json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        with safe_open(path / "adapter_model.safetensors", framework="np") as file:
-            file.keys()
+        with safe_open(path / "adapter_model.safetensors", framework="np") as tensors:
+            tensors.keys()
+        for file in (*path.glob("*.pt"), *path.glob("*.pth")):
+            if not zipfile.is_zipfile(file):  # a zip's directory stands at its end
+                return f"{file.name} is cut short"
     except (ValueError, SafetensorError, OSError) as error:
         return str(error)
     return None

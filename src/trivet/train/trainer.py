@@ -3,22 +3,44 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from trivet.data.batch import Collator
 from trivet.data.encode import IGNORE, Encoded
-from trivet.errors import StorageError
 from trivet.evaluate.score import head_scores, likelihood
 from trivet.loss import training_loss
+from trivet.runfolder import storage
 
 #: The update rule: named parameters, learning_rate, weight_decay -> optimizer.
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
+
+
+class LengthSampler(torch.utils.data.Sampler[int]):
+    """Rows of similar length follow each other (little padding), in an order that seed and epoch alone decide.
+
+    transformers' own sampler draws from torch's global state, so a resumed run would go through other rows.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each pass, also when it resumes in the middle of one."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
 class Trainer(transformers.Trainer):  # type: ignore[misc]
@@ -58,6 +80,11 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             callbacks=callbacks,
             processing_class=tokenizer,
         )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthSampler:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthSampler([len(row["input_ids"]) for row in rows], step, self.args.seed)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The micro-batches of one step and the number of supervised items in them, over all devices."""
@@ -118,9 +145,10 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint that could not be written is removed, so that no half of one is ever found."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            with storage(f"checkpoint {folder}"):
+                super()._save_checkpoint(model, trial)
+        except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
-            raise StorageError(f"checkpoint {folder}: can't be written: {error}") from error
+            raise

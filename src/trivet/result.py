@@ -1,0 +1,77 @@
+"""result.json: what a run measured, and what it was made with."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import platform
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from trivet.adapter.attach import trainable_parameters
+from trivet.adapter.save import Proof
+from trivet.evaluate.measure import Evaluation
+from trivet.memory import peak_memory
+
+if TYPE_CHECKING:
+    from trivet.run import Prepared
+
+
+def build_result(
+    ready: Prepared,
+    state: Any,
+    tokens_per_second: float,
+    proof: Proof,
+    evaluation: Evaluation | None,
+    which: str,
+    seconds: float,
+) -> dict[str, Any]:
+    """Everything a run found out, as JSON values.
+
+    Args:
+        ready: the prepared run.
+        state: transformers' TrainerState at the end of the training.
+        tokens_per_second: trained on, without padding.
+        proof: of the saved adapter.
+        evaluation: of base and tuned on the split `which` (test or validation), if there was one.
+        seconds: wall time of the whole run.
+    """
+    splits, session = ready.splits, ready.session
+    measured = evaluation.to_dict() if evaluation else {"metrics": {"base": {}, "tuned": {}}, "intervals": {}, "n": {}}
+    best = state.best_metric
+    if best is not None and not math.isfinite(best):  # no validation gave a number
+        best = None
+    return {
+        **measured,
+        "evaluated_on": {"split": which, "source": getattr(splits, which).source} if evaluation else None,
+        "best_validation_loss": best,
+        "best_step": state.best_global_step if best is not None else None,
+        "steps": state.global_step,
+        "model": session.base.name,
+        "task": session.base.task,
+        "method": ready.config.method,
+        "dtype": str(session.base.dtype).removeprefix("torch."),
+        "device": str(session.base.device),
+        "trainable_parameters": trainable_parameters(session.model),
+        "total_parameters": sum(p.numel() for p in session.model.get_base_model().parameters()),
+        "tokens_per_second": round(tokens_per_second, 1),
+        "peak_memory_bytes": peak_memory(),
+        "wall_seconds": round(seconds, 2),
+        "proof": {"relative_logit_error": proof.error, "tolerance": proof.tolerance},
+        "seed": ready.config.training.seed,
+        "data": {
+            "format": splits.train.format,
+            "rows": {k: len(v) for k in ("train", "validation", "test") if (v := getattr(splits, k)) is not None},
+            "fingerprints": splits.fingerprints(),
+            "tokens": ready.summary.tokens,
+            "supervised_tokens": ready.summary.supervised,
+            "shortened_rows": len(ready.summary.shortened),
+            "dropped_rows": len(ready.summary.dropped),
+            "skipped_rows": len(splits.train.skipped),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("trivet", "torch", "transformers", "peft", "accelerate")},
+        },
+        "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }

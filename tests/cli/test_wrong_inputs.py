@@ -1,0 +1,387 @@
+"""What a person gets wrong, and what the command line answers: the exit code, one `error:` that names the input and
+what to do, no traceback, and nothing written."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import colour_rows, write_jsonl
+from trivet.cli.app import main
+
+#: Lines 1 to 16. `{model}` is a tiny GPT-2; runs of it take about a second after the imports.
+CONFIG = """\
+model:
+  name: {model}
+  lora_rank: 2
+  dtype: float32
+data:
+  train: train.jsonl
+training:
+  max_steps: 4
+  batch_size: 4
+  eval_steps: 2
+evaluation:
+  max_new_tokens: 4
+  max_generate_rows: 2
+  resamples: 10
+output_dir: runs/a
+"""
+
+
+@dataclass
+class World:
+    """A working folder with a valid config, its data, and models and a trained run to point at."""
+
+    cwd: Path
+    tiny: Callable[[str], Path]
+    run: Path  # a finished run of CONFIG; copy it before damaging it
+
+    def config(self, old: str = "", new: str = "") -> None:
+        """config.yaml, with one part of it replaced."""
+        text = CONFIG.format(model=self.tiny("gpt2"))
+        assert old in text
+        self.write("config.yaml", text.replace(old, new, 1) if old else text)
+
+    def write(self, name: str, text: str) -> None:
+        (self.cwd / name).write_text(text, encoding="utf-8")
+
+    def adapter(self) -> Path:
+        """A copy of the trained adapter as adapter/."""
+        return Path(shutil.copytree(self.run / "adapter", self.cwd / "adapter"))
+
+    def copy_model(self, kind: str) -> Path:
+        """A copy of a tiny model as model/, and a config that uses it."""
+        self.config(str(self.tiny("gpt2")), "model")
+        return Path(shutil.copytree(self.tiny(kind), self.cwd / "model"))
+
+    def state(self) -> dict[str, str]:
+        """Every file and folder in the working folder, with what is in it."""
+        return {
+            str(path.relative_to(self.cwd)): "" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(self.cwd.rglob("*"))
+        }
+
+
+@pytest.fixture(scope="module")
+def finished(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, made by the real command line."""
+    cwd = tmp_path_factory.mktemp("finished")
+    (cwd / "config.yaml").write_text(CONFIG.format(model=tiny("gpt2")), encoding="utf-8")
+    write_jsonl(cwd / "train.jsonl", colour_rows(24))
+    done = start(cwd, ["train", "config.yaml", "training.max_steps=2"])
+    assert done.returncode == 0, done.stderr
+    return cwd / "runs" / "a"
+
+
+@pytest.fixture
+def world(tmp_path: Path, tiny: Any, finished: Path) -> World:
+    made = World(tmp_path, tiny, finished)
+    made.config()
+    write_jsonl(tmp_path / "train.jsonl", colour_rows(24))
+    return made
+
+
+def start(cwd: Path, arguments: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """`trivet` as a process of its own, without a hub."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "trivet", *arguments]
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **options,
+    )
+
+
+def check(code: int, stderr: str, expected_code: int, says: tuple[str, ...]) -> None:
+    """The promise that every refusal keeps."""
+    assert code == expected_code, stderr
+    assert stderr.lower().count("error: ") == 1, stderr
+    message = stderr[stderr.lower().index("error: ") :]
+    for part in says:
+        assert part in message, f"{part!r} is not in {message!r}"
+    assert "Traceback" not in stderr
+    assert "unexpected" not in message
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command line (RUN is a finished run, LLAMA another model), what is wrong around it, and the answer."""
+
+    name: str
+    command: str
+    code: int
+    says: tuple[str, ...]
+    arrange: Callable[[World], object] = lambda world: None
+    process: bool = False  # as a process of its own, not in this one
+
+
+TRAIN = "train config.yaml"
+
+
+def damage(name: str, keep: int) -> Callable[[World], object]:
+    """Cut a file of the adapter after `keep` bytes."""
+
+    def arrange(world: World) -> None:
+        path = world.adapter() / name
+        path.write_bytes(path.read_bytes()[:keep])
+
+    return arrange
+
+
+def rows(*lines: str, file: str = "train.jsonl") -> Callable[[World], object]:
+    return lambda world: world.write(file, "".join(line + "\n" for line in lines))
+
+
+def labelled(labels: list[Any]) -> list[str]:
+    import json
+
+    return [json.dumps({"text": f"the number {i}", "label": label}) for i, label in enumerate(labels)]
+
+
+def both(*arrange: Callable[[World], object]) -> Callable[[World], object]:
+    return lambda world: [step(world) for step in arrange]
+
+
+def change(old: str, new: str) -> Callable[[World], object]:
+    return lambda world: world.config(old, new)
+
+
+def only_bin(world: World) -> None:
+    folder = world.adapter()
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+
+def corrupt(world: World) -> None:
+    weights = world.copy_model("gpt2") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
+def pickled(world: World) -> None:
+    folder = world.copy_model("gpt2")
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n.")
+
+
+def old_run(world: World) -> None:
+    shutil.copytree(world.run, world.cwd / "runs" / "a")
+
+
+def unfinished_run(world: World) -> None:
+    old_run(world)
+    (world.cwd / "runs" / "a" / "result.json").unlink()
+    shutil.rmtree(world.cwd / "runs" / "a" / "adapter")
+
+
+def other_folder(world: World) -> None:
+    (world.cwd / "runs" / "a").mkdir(parents=True)
+    world.write("runs/a/thesis.txt", "years of work")
+
+
+def occupied(world: World) -> None:
+    (world.cwd / "merged").mkdir()
+    world.write("merged/thesis.txt", "years of work")
+
+
+CASES = [
+    # -- the command and the config: nothing heavy is imported before these are refused
+    Case("no arguments", "train", 2, ("Missing argument",), process=True),
+    Case("unknown verb", "tran config.yaml", 2, ("No such command 'tran'", "'train'"), process=True),
+    Case("unknown option", "train config.yaml --resum", 2, ("No such option: --resum", "--resume")),
+    Case("missing config", "train c.yaml", 2, ("c.yaml: no such file", "trivet init c.yaml"), process=True),
+    Case("config is a folder", "train .", 2, ("config file .: cannot be read",)),
+    Case("two configs", "train config.yaml other.yaml", 2, ("one config file at most", "key=value")),
+    Case("bad YAML", TRAIN, 2, ("config.yaml:4: not valid YAML",), change("lora_rank: 2", "lora_rank: [2")),
+    Case("tab", TRAIN, 2, ("config.yaml:3: not valid YAML",), change("  lora_rank", "\tlora_rank"), process=True),
+    Case("unknown key", TRAIN, 2, ("config.yaml:3", "did you mean model.lora_rank?"), change("rank", "rnk"),
+         process=True),
+    Case("wrong type", TRAIN, 2, ("config.yaml:9", "a whole number"), change("batch_size: 4", "batch_size: four")),
+    Case("wrong choice", TRAIN, 2, ("config.yaml:4", "float32"), change("float32", "float31")),
+    Case("out of range", TRAIN, 2, ("config.yaml:3", "at least 1"), change("lora_rank: 2", "lora_rank: 0")),
+    Case("alias twice", TRAIN, 2, ("config.yaml:4", "config.yaml:3 sets too"), change("  dtype", "  r: 2\n  dtype")),
+    Case("bad override", f"{TRAIN} lora_rank=x", 2, ("override 'lora_rank=x'", "a whole number")),
+    Case("override of nothing", f"{TRAIN} optimizer=sgd", 2, ("override 'optimizer=sgd'", "unknown key")),
+    Case("validation share", f"{TRAIN} validation=1.5", 2, ("data.validation must be below 1", "share of train")),
+    Case("unknown logger", f"{TRAIN} report_to=[tensorbord]", 2, ("report_to", "did you mean tensorboard?")),
+    Case("infinite rate", f"{TRAIN} lr=.inf", 2, ("training.learning_rate is a number",)),
+    Case("init over a file", "init config.yaml", 2, ("config.yaml: exists already", "--force"), process=True),
+    Case("init over a folder", "init . --force", 2, (".: is a folder", "config.yaml")),
+    Case("no such adapter", "evaluate nowhere", 2, ("adapter nowhere: no such folder",)),
+    Case("adapter is a file", "evaluate train.jsonl", 2, ("adapter train.jsonl:",)),
+    Case("nothing to answer", "generate RUN", 2, ("nothing to answer", "--prompt"), process=True),
+    Case("unknown dtype", "merge RUN merged --dtype fp32", 2, ("--dtype fp32", "float32")),
+    Case("merge onto a folder", "merge RUN merged", 2, ("merged: exists already", "--overwrite"), occupied),
+    Case("merge onto a file", "merge RUN train.jsonl", 2, ("train.jsonl: is a file", "name a folder")),
+    Case("export onto a folder", "export RUN merged", 2, ("merged: exists already", "--overwrite"), occupied),
+    # -- the run folder
+    Case("run exists", TRAIN, 2, ("runs/a: holds a finished run", "--overwrite"), old_run, process=True),
+    Case("run unfinished", TRAIN, 2, ("runs/a: holds an unfinished run", "--resume"), unfinished_run),
+    Case("finished resumed", f"{TRAIN} --resume", 2, ("runs/a: is already finished", "--overwrite"), old_run),
+    Case("resumed otherwise", f"{TRAIN} lora_rank=4 --resume", 2, ("model.lora_rank (2 then, 4 now)",), unfinished_run),
+    Case("nothing to resume", f"{TRAIN} --resume", 2, ("runs/a: there is no run to resume", "leave out --resume")),
+    Case("resume and overwrite", f"{TRAIN} --resume --overwrite", 2, ("give one of them",)),
+    Case("output is a file", f"{TRAIN} output_dir=train.jsonl", 2,
+         ("output_dir train.jsonl:", "train.jsonl is a file", "name a folder")),
+    Case("output under a file", f"{TRAIN} output_dir=train.jsonl/run", 2, ("output_dir train.jsonl/run", "is a file")),
+    Case("output holds other files", TRAIN, 2, ("runs/a: holds files but no run",), other_folder),
+    Case("other files overwritten", f"{TRAIN} --overwrite", 2, ("runs/a: holds files but no run",), other_folder),
+    Case("output is here", f"{TRAIN} output_dir=. --overwrite", 2, ("output_dir .: is the working folder",)),
+    Case("no output", f"{TRAIN} output_dir=", 2, ("output_dir is text",)),
+    # -- data
+    Case("no data", f"{TRAIN} train=null", 2, ("data.train is not set",)),
+    Case("missing data", f"{TRAIN} train=data/rows.jsonl", 2, ("data/rows.jsonl: no such file",), process=True),
+    Case("missing test data", f"{TRAIN} test=test.csv", 2, ("data file test.csv: no such file",)),
+    Case("data is a folder", f"{TRAIN} train=.", 2, ("is a folder; name its files",)),
+    Case("unknown kind of file", f"{TRAIN} train=config.yaml", 2, ("config.yaml: unknown kind of file", ".jsonl")),
+    Case("data hub id", f"{TRAIN} train=owner/rows", 2, ("data owner/rows", "hub")),
+    Case("empty data", TRAIN, 1, ("train.jsonl: no rows; the file is empty",), rows()),
+    Case("bad JSON", TRAIN, 1, ("train.jsonl:2: not valid JSON", "on_bad_row: skip"),
+         rows('{"prompt": "a", "completion": "b"}', '{"prompt": "a",'), process=True),
+    Case("not UTF-8", TRAIN, 1, ("train.jsonl:1: not UTF-8 text", "save the file as UTF-8"),
+         lambda w: (w.cwd / "train.jsonl").write_bytes(b'{"text": "\xff"}\n')),
+    Case("not gzip", f"{TRAIN} train=t.jsonl.gz", 1, ("t.jsonl.gz: cannot be read",), rows("{}", file="t.jsonl.gz")),
+    Case("not parquet", f"{TRAIN} train=t.parquet", 1, ("t.parquet: not a valid parquet",),
+         rows("x", file="t.parquet")),
+    Case("wrong columns", TRAIN, 1, ("columns question, answer fit no format", "data.columns"),
+         rows('{"question": "a", "answer": "b"}')),
+    Case("wrong mapping", f"{TRAIN} 'columns={{prompt: frage}}'", 1, ("train.jsonl:1", "`prompt` to `frage`")),
+    Case("empty completion", TRAIN, 1, ("train.jsonl:2: column `completion` is empty", "on_bad_row: skip"),
+         rows('{"prompt": "a", "completion": "b"}', '{"prompt": "a", "completion": " "}')),
+    Case("missing column", TRAIN, 1, ("train.jsonl:3: column `completion` is missing",),
+         rows(*['{"prompt": "a", "completion": "b"}'] * 2, '{"prompt": "a"}')),
+    Case("all rows bad", f"{TRAIN} on_bad_row=skip", 1, ("train.jsonl: no rows (skipped 2",), rows("{", "[]")),
+    Case("one class", TRAIN, 1, ("train.jsonl: only one label (yes)", "at least two"), rows(*labelled(["yes"] * 4))),
+    Case("label is no number", TRAIN, 1, ("train.jsonl:3: column `label` is 'high'", "a finite number"),
+         both(change("lora_rank: 2", "task: regression"), change("train.jsonl", "train.jsonl\n  format: regression"),
+              rows(*labelled([0.5, 1.5, "high", 2.5])))),
+    Case("unseen label", f"{TRAIN} test=t.jsonl", 1,
+         ("t.jsonl:2: label 'c' does not occur in the training data (a, b)",),
+         both(rows(*labelled(["a", "b"] * 12)), rows(*labelled(["a", "c"]), file="t.jsonl"))),
+    Case("test rows of another kind", f"{TRAIN} test=t.jsonl", 1, ("t.jsonl", "does not suit task causal-lm"),
+         rows(*labelled(["a", "b"]), file="t.jsonl")),
+    # -- the model
+    Case("no model", f"{TRAIN} name=null", 2, ("model.name is not set",)),
+    Case("no such folder", f"{TRAIN} name=./models/x", 2, ("model ./models/x: no such folder",)),
+    Case("no such hub model", f"{TRAIN} name=owner/x", 2, ("model owner/x: no such local folder", "model hub"),
+         process=True),
+    Case("no config.json", f"{TRAIN} name=runs", 1, ("model runs: the folder has no config.json",),
+         lambda w: (w.cwd / "runs").mkdir()),
+    Case("model is a file", f"{TRAIN} name=train.jsonl", 1, ("model train.jsonl: a single file is read only as GGUF",)),
+    Case("corrupt weights", TRAIN, 1, ("model model: can't be loaded",), corrupt, process=True),
+    Case("pickled weights", TRAIN, 1, ("model model: can't be loaded",), pickled),
+    Case("encoder that shall write", TRAIN, 1, ("model model (bert) is no causal language model", "another model"),
+         lambda w: w.copy_model("bert")),
+    Case("wrong task", f"{TRAIN} task=seq2seq", 1, ("(gpt2) is no encoder-decoder", "causal-lm")),
+    Case("unknown target", f"{TRAIN} target_modules=[q_prj]", 2, ("model.target_modules ['q_prj']",)),
+    Case("no target", f"{TRAIN} target_modules=[]", 2, ("model.target_modules []",)),
+    Case("unknown method", f"{TRAIN} method=lorra", 2, ("method 'lorra' is not known", "did you mean lora?")),
+    Case("no such template", f"{TRAIN} chat_template=chat.jinja", 2, ("data.chat_template chat.jinja", "readable")),
+    Case("no such device", f"{TRAIN} device=mps", 2, ("model.device mps: this machine has none",)),
+    Case("patience without rows", f"{TRAIN} validation=null early_stopping_patience=2", 2, ("set data.validation",)),
+    Case("logger not installed", f"{TRAIN} --overwrite report_to=[wandb]", 2, ("wandb is not installed", "pip install"),
+         old_run),
+    # -- what was trained
+    Case("no adapter_config.json", "evaluate adapter", 1, ("adapter adapter: has no adapter_config.json",),
+         lambda w: (w.adapter() / "adapter_config.json").unlink()),
+    Case("bad adapter_config.json", "evaluate adapter --data train.jsonl", 1, ("adapter_config.json can't be read",),
+         damage("adapter_config.json", 20)),
+    Case("bad trivet.json", "evaluate adapter --data train.jsonl", 1, ("trivet.json: can't be read",),
+         damage("trivet.json", 20)),
+    Case("truncated weights", "generate adapter -p hi", 1,
+         ("adapter adapter: does not fit the base model or is damaged",),
+         damage("adapter_model.safetensors", 500), process=True),
+    Case("weights only as .bin", "merge adapter merged", 1, ("has no adapter_model.safetensors", "pickles"), only_bin),
+    Case("other base model", "generate adapter -p hi --base-model LLAMA", 1, ("adapter adapter: does not fit",),
+         lambda w: w.adapter()),
+    Case("unfinished run", "generate runs/a -p hi", 1, ("run runs/a: has no adapter yet", "--resume"), unfinished_run),
+    Case("unknown export", "export RUN out --format gguf", 2, ("'gguf' is not known", "native, portable")),
+    Case("no data to evaluate", "evaluate adapter", 2, ("does not name its data; pass --data",), lambda w: w.adapter()),
+    Case("missing evaluation data", "evaluate RUN --data t.jsonl", 2, ("data file t.jsonl: no such file",)),
+    Case("evaluation rows of another kind", "evaluate RUN --data t.jsonl", 1, ("t.jsonl", "does not suit"),
+         rows(*labelled(["a", "b"]), file="t.jsonl")),
+    Case("output is no file", "evaluate RUN --data train.jsonl --output .", 2, ("--output .: is a folder",)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_wrong_input(
+    case: Case, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case.arrange(world)
+    before, run_before = world.state(), World(world.run, world.tiny, world.run).state()
+    places = {"RUN": str(world.run), "LLAMA": str(world.tiny("llama"))}
+    words = [places.get(word, word) for word in shlex.split(case.command)]
+    if case.process:
+        done = start(world.cwd, words)
+        code, stderr = done.returncode, done.stderr
+    else:
+        monkeypatch.chdir(world.cwd)
+        monkeypatch.setattr(sys, "argv", ["trivet", *words])
+        monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115, PTH123
+        with pytest.raises(SystemExit) as end:
+            main()
+        code, stderr = int(end.value.code or 0), capsys.readouterr().err
+    check(code, stderr, case.code, case.says)
+    assert world.state() == before
+    assert World(world.run, world.tiny, world.run).state() == run_before
+
+
+# -- a full disk -------------------------------------------------------------------------------------------------------
+
+
+def limit(size: int) -> Callable[[], None]:
+    """Files of the process to be started end at `size` bytes, as on a full disk (Linux: EFBIG)."""
+
+    def set_limit() -> None:
+        import resource
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return set_limit
+
+
+FULL = [
+    Case("checkpoint", TRAIN, 1, ("runs/a", "full")),
+    Case("overwriting", f"{TRAIN} --overwrite", 1, ("runs/a", "full"), old_run),
+    Case("merge", "merge RUN merged", 1, ("merged", "full")),
+    Case("merge in the place of another", "merge RUN merged --overwrite", 1, ("merged", "full"), occupied),
+    Case("export", "export RUN exported --format native", 1, ("exported", "full")),
+    Case("portable export", "export RUN exported", 1, ("exported", "full")),
+    Case("init", "init new.yaml", 1, ("new.yaml", "full")),
+    Case("evaluate", "evaluate runs/a --data train.jsonl --max-rows 4 --no-generate", 1, ("runs/a/result.json", "full"),
+         old_run),
+]  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files by RLIMIT_FSIZE, as Linux counts it")
+@pytest.mark.parametrize("case", FULL, ids=lambda case: case.name)
+def test_full_disk(case: Case, world: World) -> None:
+    case.arrange(world)
+    before = world.state()
+    words = [str(world.run) if word == "RUN" else word for word in shlex.split(case.command)]
+    done = start(world.cwd, words, preexec_fn=limit(3000))
+    check(done.returncode, done.stderr, case.code, case.says)
+    after = world.state()
+    after.pop("runs", None)
+    before.pop("runs", None)
+    if case.name == "overwriting":  # the old run is gone, as asked for, and nothing of the new one is there
+        assert {name for name in before if name.startswith("runs/a")} == before.keys() - after.keys()
+    else:
+        assert after == before
