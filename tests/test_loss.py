@@ -80,7 +80,7 @@ def test_a_steps_micro_batches_add_up_to_the_mean_over_all_its_tokens() -> None:
     torch.testing.assert_close(sum(parts), F.cross_entropy(logits.flatten(0, 1), labels.flatten()))
 
 
-# -- gradients through the real Trainer ------------------------------------------------------------------------------
+# -- gradients through the real Trainer ----------------------------------------------------------------------
 
 NO_DROPOUT = {
     "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
@@ -149,11 +149,17 @@ def test_accumulation_is_weighted_by_supervised_tokens(tmp_path: Path, kind: str
     for name, gradient in one.items():
         assert float((gradient - four[name]).abs().max()) <= 1e-6 * max(largest, 1.0), name
     assert logged["loss"] == pytest.approx(logged_four["loss"], rel=1e-4)
-    assert (logged["tokens"], logged["supervised_tokens"]) == (logged_four["tokens"], logged_four["supervised_tokens"])
+    assert (logged["tokens"], logged["supervised_tokens"]) == (
+        logged_four["tokens"],
+        logged_four["supervised_tokens"],
+    )
 
 
 def test_counted_tokens_are_those_of_the_rows(tmp_path: Path) -> None:
-    folder, rows = save_tiny("gpt2", tmp_path / "gpt2", **NO_DROPOUT["gpt2"]), uneven_rows("gpt2", "causal-lm")
+    folder, rows = (
+        save_tiny("gpt2", tmp_path / "gpt2", **NO_DROPOUT["gpt2"]),
+        uneven_rows("gpt2", "causal-lm"),
+    )
     _, logged = step_of(folder, rows, 8, 1)
     tokenizer = hf.AutoTokenizer.from_pretrained(folder)
     prompts = [len(tokenizer(row["prompt"] + "\n")["input_ids"]) for row in rows]

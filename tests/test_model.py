@@ -26,7 +26,7 @@ from trivet.session import reopen
 
 CPU: dict[str, Any] = {"dtype": "float32", "device": "cpu"}
 
-# -- type and device -----------------------------------------------------------------------------------------------------
+# -- type and device -----------------------------------------------------------------------------------------
 
 
 def test_auto_dtype_is_bfloat16_where_the_processor_computes_in_it() -> None:
@@ -56,7 +56,7 @@ def test_auto_device_is_the_best_there_is() -> None:
     assert pick_device("cpu").type == "cpu"
 
 
-# -- tasks ---------------------------------------------------------------------------------------------------------------
+# -- tasks ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_the_head_depends_on_the_seed_alone(tiny: Any) -> None:
     assert not torch.equal(head(1, noise=5), head(2, noise=5))
 
 
-# -- tokenizers ----------------------------------------------------------------------------------------------------------
+# -- tokenizers ----------------------------------------------------------------------------------------------
 
 
 def test_a_missing_padding_token_is_stood_in_for(tiny: Any) -> None:
@@ -150,7 +150,7 @@ def test_embeddings_may_be_larger_than_the_tokenizer(tmp_path: Path) -> None:
     assert load_base(str(folder), **CPU).model.config.vocab_size == 512
 
 
-# -- what can't be loaded ------------------------------------------------------------------------------------------------
+# -- what can't be loaded ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [None, ""])
@@ -226,7 +226,9 @@ def test_a_broken_model_is_a_model_error(tiny: Any, tmp_path: Path, what: str) -
 def test_a_gguf_file_that_was_cut_short_is_a_model_error(tiny: Any, tmp_path: Path, share: float) -> None:
     path = tmp_path / "tiny.gguf"
     write_gguf(
-        path, hf.LlamaForCausalLM.from_pretrained(tiny("llama")), hf.AutoTokenizer.from_pretrained(tiny("llama"))
+        path,
+        hf.LlamaForCausalLM.from_pretrained(tiny("llama")),
+        hf.AutoTokenizer.from_pretrained(tiny("llama")),
     )
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * share)])
@@ -234,7 +236,7 @@ def test_a_gguf_file_that_was_cut_short_is_a_model_error(tiny: Any, tmp_path: Pa
         load_base(str(path), **CPU)
 
 
-# -- checkpoints that lack weights ---------------------------------------------------------------------------------------
+# -- checkpoints that lack weights ---------------------------------------------------------------------------
 
 
 def without(folder: Path, *parts: str) -> Path:
@@ -321,7 +323,7 @@ def test_a_pooler_that_the_checkpoint_lacks_is_trained_and_saved(tmp_path: Path)
     assert not torch.equal(pooler.modules_to_save["default"].weight, pooler.original_module.weight)
 
 
-# -- GGUF ----------------------------------------------------------------------------------------------------------------
+# -- GGUF ----------------------------------------------------------------------------------------------------
 
 _GGUF_NAMES = {
     "embed_tokens": "token_embd", "norm": "output_norm", "input_layernorm": "attn_norm", "q_proj": "attn_q",

@@ -10,7 +10,7 @@ from trivet.configio import load as load_config
 from trivet.data.dataset import Dataset, load_dataset
 from trivet.errors import ConfigError
 from trivet.evaluate.measure import Evaluation, Settings, write_predictions
-from trivet.runfolder import RunFolder, write_json, write_text
+from trivet.runfolder import RunFolder, storage, write_json, write_text
 from trivet.session import LABELLED, Session, reopen
 from trivet.splits import load_splits
 
@@ -35,6 +35,8 @@ def evaluate_adapter(
     settings = settings or Settings()
     if output is not None and output.is_dir():
         raise ConfigError(f"--output {output}: is a folder; name a file")
+    if output is not None and not next(p for p in output.absolute().parents if p.exists()).is_dir():
+        raise ConfigError(f"--output {output}: lies under a file; name a file in a folder")
     folder = RunFolder(path)
     finished = folder.result.exists()
     before = folder.read_result() if finished else {}
@@ -58,7 +60,8 @@ def evaluate_adapter(
             write_text(folder.predictions, write_predictions(evaluation.predictions))
             written.append(folder.predictions)
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
+        with storage(f"--output {output}"):
+            output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, report)
         written.append(output)
     return evaluation, written

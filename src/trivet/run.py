@@ -30,7 +30,7 @@ from trivet.evaluate.measure import Evaluation, Settings, write_predictions
 from trivet.methods import find_method
 from trivet.result import build_result
 from trivet.runfolder import RunFolder, storage, write_json, write_text
-from trivet.session import Session, begin
+from trivet.session import Session, begin, check_format
 from trivet.splits import Splits, load_splits
 from trivet.train.callback import RunLog
 from trivet.train.checkpoint import newest_checkpoint, step_of
@@ -70,7 +70,10 @@ def prepare(config: Config, console: Console, **datasets: Any) -> Prepared:
     train_rows, summary = encode_dataset(splits.train, session.encoder)
     for line in summary.lines():
         _say(console, f"  {line}")
-    validation_rows = encode_dataset(splits.validation, session.encoder)[0] if splits.validation else None
+    validation_rows = None
+    if splits.validation is not None:
+        check_format(splits.validation, session.base.task)
+        validation_rows, _ = encode_dataset(splits.validation, session.encoder)
     if splits.test is not None:
         session.evaluator(splits.test)  # what is wrong with it should show now, not after the training
     _say(

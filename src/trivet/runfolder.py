@@ -100,9 +100,12 @@ class RunFolder:
     def read_result(self) -> dict[str, Any]:
         """result.json; `AdapterError` where it is missing or no JSON."""
         try:
-            return json.loads(self.result.read_text(encoding="utf-8"))
+            result = json.loads(self.result.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise AdapterError(f"{self.result}: can't be read: {error}") from error
+        if not isinstance(result, dict):
+            raise AdapterError(f"{self.result}: can't be read: it is no JSON object")
+        return result
 
 
 @contextlib.contextmanager

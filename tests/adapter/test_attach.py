@@ -1,4 +1,4 @@
-"""Attaching: the output does not change, only the adapter and the head are trained, and the seed decides the factors."""
+"""Attaching: no output changes, only the adapter and the head are trained, the seed decides the factors."""
 
 from __future__ import annotations
 

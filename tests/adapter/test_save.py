@@ -92,7 +92,7 @@ def uneven(kind: str, folder: Path, dtype: torch.dtype = torch.float32, **settin
     return scramble(get_peft_model(base_model(kind, folder, dtype), config))
 
 
-# -- every form, read back by a program that knows nothing of trivet ----------------------------------------------------
+# -- every form, read back by a program that knows nothing of trivet -----------------------------------------
 
 READER = """
 import json, sys
@@ -181,7 +181,7 @@ def test_the_update_matters_to_the_logits_that_are_compared(tmp_path: Path, kind
     assert float((tuned - base).abs().max() / tuned.abs().max()) > 0.05
 
 
-# -- the portable form ---------------------------------------------------------------------------------------------------
+# -- the portable form ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -220,7 +220,7 @@ def test_an_unknown_form_is_refused(tmp_path: Path) -> None:
         export(model, tmp_path / "out", "gguf", some_inputs("llama"))
 
 
-# -- merging -------------------------------------------------------------------------------------------------------------
+# -- merging -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "t5"])
@@ -258,7 +258,7 @@ def test_a_tokenizer_is_saved_with_the_model(tmp_path: Path) -> None:
     assert again("what colour")["input_ids"] == tokenizer("what colour")["input_ids"]
 
 
-# -- proof ---------------------------------------------------------------------------------------------------------------
+# -- proof ---------------------------------------------------------------------------------------------------
 
 
 def test_a_save_that_is_corrupted_on_disk_is_caught_and_not_kept(
@@ -312,7 +312,7 @@ def test_proving_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     assert model.training and model.active_adapter == "default"
 
 
-# -- files ---------------------------------------------------------------------------------------------------------------
+# -- files ---------------------------------------------------------------------------------------------------
 
 
 def test_a_saved_folder_is_readable_by_others_and_holds_nothing_but_what_is_needed(tmp_path: Path) -> None:
@@ -351,7 +351,7 @@ def test_new_folder_replaces_only_on_success(tmp_path: Path) -> None:
     assert [p.name for p in target.parent.iterdir()] == ["out"]
 
 
-# -- damaged and foreign adapters ----------------------------------------------------------------------------------------
+# -- damaged and foreign adapters ----------------------------------------------------------------------------
 
 
 def drop_layer(folder: Path) -> None:
@@ -382,7 +382,10 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "no config": (lambda d: (d / "adapter_config.json").unlink(), "has no adapter_config.json"),
     "garbled config": (lambda d: (d / "adapter_config.json").write_text("{"), "adapter_config.json"),
     "config that is a list": (lambda d: (d / "adapter_config.json").write_text("[]"), "adapter_config.json"),
-    "config of bytes": (lambda d: (d / "adapter_config.json").write_bytes(b"\xff\xfe\x00"), "adapter_config.json"),
+    "config of bytes": (
+        lambda d: (d / "adapter_config.json").write_bytes(b"\xff\xfe\x00"),
+        "adapter_config.json",
+    ),
     "no type": (lambda d: change_config(d, peft_type=None), "adapter_config.json|not LoRA"),
     "another type": (lambda d: change_config(d, peft_type="IA3"), "not LoRA|adapter_config.json"),
     "unknown type": (lambda d: change_config(d, peft_type="NO_SUCH"), "adapter_config.json"),

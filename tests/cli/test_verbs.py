@@ -100,9 +100,10 @@ def test_init_takes_the_place_of_a_file_only_with_force(tmp_path: Path) -> None:
 
 def test_validate_shows_what_is_learned_and_writes_nothing(shop: Path) -> None:
     before = files(shop)
-    done = trivet(shop, "validate", "config.yaml", *OVERRIDES, "training.batch_size=10", "training.max_steps=null")
+    overrides = [*OVERRIDES, "training.batch_size=10", "training.max_steps=null"]
+    done = trivet(shop, "validate", "config.yaml", *overrides, "--rows", "1")
     assert files(shop) == before
-    assert done.stdout.count("what is learned stands between « and »") == 2
+    assert done.stdout.count("what is learned stands between « and »") == 1
     assert "what colour is the sky ?\n«the sky is blue<|endoftext|>»" in done.stdout
     assert "train: 46 rows of format prompt-completion from train.jsonl" in done.stdout
     assert "validation: 2 rows" in done.stdout
@@ -112,10 +113,6 @@ def test_validate_shows_what_is_learned_and_writes_nothing(shop: Path) -> None:
     assert f"{2 * 2 * ((32 + 96) + (32 + 32) + (32 + 128) + (128 + 32)):,} trainable parameters" in done.stdout
     assert "15 steps; estimated memory at the longest rows:" in done.stdout  # 46 rows in 5 batches, 3 epochs
     assert "Nothing was trained or written" in done.stdout
-
-
-def test_validate_shows_as_many_rows_as_asked_for(shop: Path) -> None:
-    assert "«" not in trivet(shop, "validate", "config.yaml", *OVERRIDES, "--rows", "0").stdout
 
 
 def test_train_makes_the_run_folder(shop: Path) -> None:

@@ -109,6 +109,17 @@ def start(cwd: Path, arguments: list[str], **options: Any) -> subprocess.Complet
     )
 
 
+def here(cwd: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit code of `trivet` in this process."""
+    monkeypatch.chdir(cwd)
+    monkeypatch.setattr(sys, "argv", ["trivet", *arguments])
+    with Path(os.devnull).open() as nothing:
+        monkeypatch.setattr(sys, "stdin", nothing)
+        with pytest.raises(SystemExit) as end:
+            main()
+    return int(end.value.code or 0)
+
+
 def check(code: int, stderr: str, expected_code: int, says: tuple[str, ...]) -> None:
     """The promise that every refusal keeps."""
     assert code == expected_code, stderr
@@ -133,6 +144,7 @@ class Case:
 
 
 TRAIN = "train config.yaml"
+ABSENT = "cuda" if sys.platform == "darwin" else "mps"
 
 
 def damage(name: str, keep: int) -> Callable[[World], object]:
@@ -176,7 +188,7 @@ def corrupt(world: World) -> None:
 def pickled(world: World) -> None:
     folder = world.copy_model("gpt2")
     (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n.")
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x02cos\nsystem\n.")
 
 
 def old_run(world: World) -> None:
@@ -288,11 +300,12 @@ CASES = [
     Case("encoder that shall write", TRAIN, 1, ("model model (bert) is no causal language model", "another model"),
          lambda w: w.copy_model("bert")),
     Case("wrong task", f"{TRAIN} task=seq2seq", 1, ("(gpt2) is no encoder-decoder", "causal-lm")),
-    Case("unknown target", f"{TRAIN} target_modules=[q_prj]", 2, ("model.target_modules ['q_prj']",)),
+    Case("unknown target", f"{TRAIN} target_modules=[q_prj]", 2,
+         ("model.target_modules ['q_prj']", "Linear layers of this model: c_attn, c_fc, c_proj")),
     Case("no target", f"{TRAIN} target_modules=[]", 2, ("model.target_modules []",)),
     Case("unknown method", f"{TRAIN} method=lorra", 2, ("method 'lorra' is not known", "did you mean lora?")),
     Case("no such template", f"{TRAIN} chat_template=chat.jinja", 2, ("data.chat_template chat.jinja", "readable")),
-    Case("no such device", f"{TRAIN} device=mps", 2, ("model.device mps: this machine has none",)),
+    Case("no such device", f"{TRAIN} device={ABSENT}", 2, (f"model.device {ABSENT}: this machine has none",)),
     Case("patience without rows", f"{TRAIN} validation=null early_stopping_patience=2", 2, ("set data.validation",)),
     Case("logger not installed", f"{TRAIN} --overwrite report_to=[wandb]", 2, ("wandb is not installed", "pip install"),
          old_run),
@@ -303,6 +316,16 @@ CASES = [
          damage("adapter_config.json", 20)),
     Case("bad trivet.json", "evaluate adapter --data train.jsonl", 1, ("trivet.json: can't be read",),
          damage("trivet.json", 20)),
+    Case("trivet.json is a list", "generate adapter -p hi", 1, ("trivet.json: can't be read",),
+         lambda w: (w.adapter() / "trivet.json").write_text("[1]")),
+    Case("bad result.json", "evaluate runs/a --no-generate", 1, ("runs/a/result.json: can't be read",),
+         lambda w: [old_run(w), w.write("runs/a/result.json", "{")]),
+    Case("result.json is a list", "evaluate runs/a --no-generate", 1, ("runs/a/result.json: can't be read",),
+         lambda w: [old_run(w), w.write("runs/a/result.json", "[1]")]),
+    Case("bad config of a run", f"{TRAIN} --resume", 2, ("runs/a/config.yaml:1: unknown key",),
+         lambda w: [unfinished_run(w), w.write("runs/a/config.yaml", "modle: {}")]),
+    Case("bad template", f"{TRAIN} chat_template=bad.jinja", 1, ("train.jsonl:1: the chat template refuses the row",),
+         lambda w: w.write("bad.jinja", "{% for x %}")),
     Case("truncated weights", "generate adapter -p hi", 1,
          ("adapter adapter: does not fit the base model or is damaged",),
          damage("adapter_model.safetensors", 500), process=True),
@@ -315,6 +338,8 @@ CASES = [
     Case("missing evaluation data", "evaluate RUN --data t.jsonl", 2, ("data file t.jsonl: no such file",)),
     Case("evaluation rows of another kind", "evaluate RUN --data t.jsonl", 1, ("t.jsonl", "does not suit"),
          rows(*labelled(["a", "b"]), file="t.jsonl")),
+    Case("output under a file of rows", "evaluate RUN --data train.jsonl --output train.jsonl/x.json", 2,
+         ("--output train.jsonl/x.json: lies under a file",)),
     Case("output is no file", "evaluate RUN --data train.jsonl --output .", 2, ("--output .: is a folder",)),
 ]  # fmt: skip
 
@@ -331,15 +356,21 @@ def test_wrong_input(
         done = start(world.cwd, words)
         code, stderr = done.returncode, done.stderr
     else:
-        monkeypatch.chdir(world.cwd)
-        monkeypatch.setattr(sys, "argv", ["trivet", *words])
-        monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115, PTH123
-        with pytest.raises(SystemExit) as end:
-            main()
-        code, stderr = int(end.value.code or 0), capsys.readouterr().err
+        code, stderr = here(world.cwd, words, monkeypatch), capsys.readouterr().err
     check(code, stderr, case.code, case.says)
     assert world.state() == before
     assert World(world.run, world.tiny, world.run).state() == run_before
+
+
+def test_overwriting_a_run_keeps_what_is_not_of_the_run(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    old_run(world)
+    world.write("runs/a/thesis.txt", "years of work")
+    before = world.state()
+    assert here(world.cwd, ["train", "config.yaml", "--overwrite", "seed=7"], monkeypatch) == 0
+    after = world.state()
+    assert after["runs/a/thesis.txt"] == before["runs/a/thesis.txt"]
+    assert after["runs/a/result.json"] != before["runs/a/result.json"]
+    assert not any(name.endswith("checkpoint-1") for name in after)  # of the old run, which had two steps
 
 
 # -- a full disk -------------------------------------------------------------------------------------------------------
@@ -360,7 +391,6 @@ def limit(size: int) -> Callable[[], None]:
 FULL = [
     Case("checkpoint", TRAIN, 1, ("runs/a", "full")),
     Case("overwriting", f"{TRAIN} --overwrite", 1, ("runs/a", "full"), old_run),
-    Case("merge", "merge RUN merged", 1, ("merged", "full")),
     Case("merge in the place of another", "merge RUN merged --overwrite", 1, ("merged", "full"), occupied),
     Case("export", "export RUN exported --format native", 1, ("exported", "full")),
     Case("portable export", "export RUN exported", 1, ("exported", "full")),

@@ -108,6 +108,8 @@ def test_any_change_of_content_changes_the_fingerprint() -> None:
     assert len(set(prints)) == len(prints)
     assert all(len(p) == 16 and int(p, 16) >= 0 for p in prints)
     as_class = load_dataset([{"text": "a", "label": "1"}], format="classification")
+    alpaca = load_dataset([{"instruction": "a", "output": "b"}])
+    assert alpaca.fingerprint != load_dataset([{"prompt": "a", "completion": "b"}]).fingerprint  # the format counts
     assert as_class.fingerprint != load_dataset([{"text": "a", "label": "1"}], format="regression").fingerprint
 
 

@@ -628,6 +628,14 @@ def test_a_long_answer_loses_its_end() -> None:
     assert ("the cat sat on the mat " * 20).startswith(answer)
 
 
+def test_a_row_that_just_fits_is_not_cut() -> None:
+    tokenizer, asked = ENCODERS["plain"].tokenizer, Example(prompt="what is it ?", completion="the cat sat")
+    whole = only(ENCODERS["plain"].encode(asked))
+    length = len(whole["input_ids"])
+    assert TextEncoder(tokenizer, max_length=length).encode(asked) == ([whole], False)
+    assert len(only_cut(TextEncoder(tokenizer, max_length=length - 1).encode(asked))["input_ids"]) == length - 1
+
+
 def test_room_for_the_answer_is_left_in_prompts() -> None:
     encoder = TextEncoder(ENCODERS["plain"].tokenizer, max_length=40)
     asked = Example(prompt="start " + "the dog ran " * 60 + "what is it ?")

@@ -1,4 +1,4 @@
-"""Likelihoods do not depend on how rows are batched and padded."""
+"""Likelihoods and class scores: those of each row alone, however rows are batched and padded."""
 
 from __future__ import annotations
 
@@ -7,75 +7,100 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from trivet.data.batch import Collator
-from trivet.data.encode import IGNORE, Encoded
-from trivet.evaluate.score import likelihood, without_ending
+from trivet.data.encode import IGNORE, Encoded, LabelEncoder
+from trivet.evaluate.score import head_scores, likelihood, without_ending
+from trivet.model import Base, load_base
 
-LENGTHS = (3, 11, 7, 20, 5, 13, 9)
+CPU: dict[str, Any] = {"dtype": "float32", "device": "cpu"}
+LENGTHS = (5, 23, 2, 40, 11, 9, 16, 31)
 
 
-def rows_of(vocabulary: int) -> list[Encoded]:
-    generator = torch.Generator().manual_seed(1)
+def collator(base: Base) -> Collator:
+    shift = base.model.prepare_decoder_input_ids_from_labels if base.task == "seq2seq" else None
+    return Collator(base.tokenizer.pad_token_id, shift=shift)
+
+
+def some_rows(base: Base) -> list[Encoded]:
+    """Rows of very different lengths, of which the first third is not scored."""
+    draw = torch.Generator().manual_seed(0)
     rows = []
     for length in LENGTHS:
-        ids = torch.randint(1, vocabulary, (length,), generator=generator).tolist()
-        rows.append(Encoded(input_ids=ids, labels=[IGNORE] * (length // 2) + ids[length // 2 :]))
+        ids = torch.randint(1, 300, (length,), generator=draw).tolist()
+        if base.task == "seq2seq":
+            rows.append(Encoded(input_ids=ids, labels=ids[::-1][: length // 2 + 1]))
+        else:
+            rows.append(Encoded(input_ids=ids, labels=[IGNORE] * max(length // 3, 1) + ids[max(length // 3, 1) :]))
     return rows
 
 
-def direct(model: Any, row: Encoded) -> tuple[float, int, int]:
-    """One row alone, without padding, token by token."""
-    with torch.no_grad():
-        scores = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
+@torch.no_grad()
+def alone(base: Base, row: Encoded) -> tuple[float, int, int]:
+    """One row without padding: negative log-likelihood, supervised tokens, and how many of them came first."""
+    ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+    if base.task == "seq2seq":
+        start = base.model.config.decoder_start_token_id
+        logits = base.model(input_ids=ids, decoder_input_ids=torch.tensor([[start, *row["labels"][:-1]]])).logits[0]
+    else:
+        logits, labels = base.model(input_ids=ids).logits[0, :-1], labels[1:]
+    logp = torch.log_softmax(logits.double(), -1)
     nll, tokens, correct = 0.0, 0, 0
-    for position, label in enumerate(row["labels"][1:]):
+    for position, label in enumerate(labels.tolist()):
         if label != IGNORE:
-            nll -= float(scores[position, label])
-            tokens += 1
-            correct += int(scores[position].argmax()) == label
+            nll, tokens = nll - float(logp[position, label]), tokens + 1
+            correct += int(logp[position].argmax()) == label
     return nll, tokens, correct
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
-@pytest.mark.parametrize("batch_size", [1, 3, 16])
-def test_causal_likelihood_equals_rows_alone(tiny: Any, kind: str, batch_size: int) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny(kind), dtype=torch.float32).eval()
-    rows = rows_of(400)
-    found = likelihood(model, rows, Collator(0), task="causal-lm", batch_size=batch_size)
-    wanted = np.array([direct(model, row) for row in rows])
-    np.testing.assert_allclose(found.nll, wanted[:, 0], rtol=1e-5)
-    assert found.tokens.tolist() == wanted[:, 1].astype(int).tolist()
-    assert found.correct.tolist() == wanted[:, 2].astype(int).tolist()
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "t5", "bart"])
+@pytest.mark.parametrize("size", [1, 3, 16])
+def test_likelihood_is_that_of_each_row_alone(tiny: Any, kind: str, size: int) -> None:
+    base = load_base(str(tiny(kind)), **CPU)
+    base.model.eval()
+    rows = some_rows(base)
+    expected = [alone(base, row) for row in rows]
+    found = likelihood(base.model, rows, collator(base), task=base.task, batch_size=size)
+    np.testing.assert_allclose(found.nll, [nll for nll, _, _ in expected], rtol=1e-5)
+    assert found.tokens.tolist() == [tokens for _, tokens, _ in expected]
+    assert found.correct.tolist() == [correct for _, _, correct in expected]
 
 
-def test_seq2seq_likelihood_equals_the_models_own_loss(tiny: Any) -> None:
-    model = AutoModelForSeq2SeqLM.from_pretrained(tiny("t5"), dtype=torch.float32).eval()
-    rows = [Encoded(input_ids=row["input_ids"], labels=row["input_ids"][::-1]) for row in rows_of(400)]
-    collator = Collator(0, shift=model.prepare_decoder_input_ids_from_labels)
-    found = likelihood(model, rows, collator, task="seq2seq", batch_size=4)
-    for index, row in enumerate(rows):
-        with torch.no_grad():
-            loss = model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss
-        assert found.nll[index] / found.tokens[index] == pytest.approx(float(loss), rel=1e-5)
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "gpt2"])
+def test_class_scores_are_those_of_each_row_alone(tiny: Any, kind: str) -> None:
+    base = load_base(str(tiny(kind)), task="classification", labels=["a", "b", "c"], **CPU)
+    encoder = LabelEncoder(base.tokenizer, base.labels)
+    rows = [encoder.inputs("the cat sat on the mat " * n, "and the dog" if n % 2 else None) for n in (1, 9, 3, 14, 2)]
+    with torch.no_grad():
+        expected = [
+            base.model.eval()(**{key: torch.tensor([ids]) for key, ids in row.items()}).logits[0].tolist()
+            for row in rows
+        ]
+    for size in (1, 2, 5):
+        found = head_scores(base.model, rows, collator(base), batch_size=size)
+        assert found.shape == (5, 3)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_training_mode_is_left_as_it_was(tiny: Any) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny("gpt2"))
-    for mode in (True, False):
-        model.train(mode)
-        likelihood(model, rows_of(400)[:1], Collator(0), task="causal-lm", batch_size=1)
-        assert model.training is mode
+def test_the_training_mode_is_left_as_it_was_and_dropout_is_off(tiny: Any) -> None:
+    base = load_base(str(tiny("gpt2")), **CPU)
+    assert base.model.config.resid_pdrop > 0
+    rows, collate = some_rows(base), collator(base)
+    for training in (True, False):
+        base.model.train(training)
+        first, second = (
+            likelihood(base.model, rows, collate, task="causal-lm", batch_size=4).nll.tolist() for _ in range(2)
+        )
+        assert first == second and base.model.training is training
 
 
-def test_without_ending_drops_the_last_supervised_token_only() -> None:
-    row = Encoded(input_ids=[5, 6, 7, 8], labels=[IGNORE, 6, 7, IGNORE])
-    assert without_ending(row)["labels"] == [IGNORE, 6, IGNORE, IGNORE]
-    assert row["labels"] == [IGNORE, 6, 7, IGNORE]
+def test_without_ending_leaves_the_last_scored_token_out() -> None:
+    row = Encoded(input_ids=[1, 2, 3, 4], labels=[IGNORE, 2, 3, IGNORE])
+    assert without_ending(row)["labels"] == [IGNORE, 2, IGNORE, IGNORE]
+    assert row["labels"] == [IGNORE, 2, 3, IGNORE]
 
 
-def test_tokenizer_of_the_tiny_models_round_trips(tiny: Any) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny("gpt2"))
-    text = "Ünïcode, emoji 🦊 and\ttabs"
-    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+def test_no_rows_have_no_scores(tiny: Any) -> None:
+    base = load_base(str(tiny("gpt2")), **CPU)
+    assert likelihood(base.model, [], collator(base), task="causal-lm", batch_size=4).nll.tolist() == []
+    assert head_scores(base.model, [], collator(base), batch_size=4).shape[0] == 0

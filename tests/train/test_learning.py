@@ -70,7 +70,10 @@ def test_answers_are_learned_with_their_end(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "gpt2"])
 def test_classes_are_learned(tmp_path: Path, kind: str) -> None:
-    filler, draw = ["the", "cat", "sat", "on", "mat", "and", "dog", "ran", "to", "number", "plus", "minus"], random.Random(0)
+    filler, draw = (
+        ["the", "cat", "sat", "on", "mat", "and", "dog", "ran", "to", "number", "plus", "minus"],
+        random.Random(0),
+    )
     rows = []
     for i in range(330):
         thing, words = list(COLOURS)[i % 3], draw.choices(filler, k=3)

@@ -143,7 +143,11 @@ run.train(load(sys.argv[1]), console=Console(quiet=True))
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_a_killed_process_is_resumed_bit_for_bit(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    values = {"model.name": str(place / "gpt2"), "data.train": str(place / "train.jsonl"), "data.validation": 0.1}
+    values = {
+        "model.name": str(place / "gpt2"),
+        "data.train": str(place / "train.jsonl"),
+        "data.validation": 0.1,
+    }
     config = load(values={**values, "output_dir": str(out), **SETTINGS})
     (tmp_path / "config.yaml").write_text(dump(config))
     (tmp_path / "killed.py").write_text(KILLED)
@@ -167,7 +171,7 @@ def test_a_run_that_only_lacks_its_evaluation_is_finished_without_a_further_step
     assert what_was_learned(out) == what_was_learned(place / "whole")
 
 
-# -- damaged checkpoints -------------------------------------------------------------------------------------------------
+# -- damaged checkpoints -------------------------------------------------------------------------------------
 
 
 def cut(path: Path) -> None:
@@ -220,7 +224,7 @@ def test_without_a_whole_checkpoint_it_begins_again(place: Path, tmp_path: Path)
     assert what_was_learned(out) == what_was_learned(place / "whole")
 
 
-# -- refusals ------------------------------------------------------------------------------------------------------------
+# -- refusals ------------------------------------------------------------------------------------------------
 
 
 def test_other_settings_are_refused_by_name(place: Path, tmp_path: Path) -> None:
@@ -257,7 +261,7 @@ def test_an_unfinished_run_is_not_begun_anew_unasked(place: Path, tmp_path: Path
         run(place, out, resume=True, overwrite=True)
 
 
-# -- seeds ---------------------------------------------------------------------------------------------------------------
+# -- seeds ---------------------------------------------------------------------------------------------------
 
 
 def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(place: Path, tmp_path: Path) -> None:
@@ -276,7 +280,8 @@ def test_every_pass_goes_through_every_row_once_in_another_order() -> None:
     passes = []
     for epoch in range(3):
         sampler.set_epoch(epoch)
-        assert list(sampler) == (order := list(sampler))
+        order = list(sampler)
+        assert list(sampler) == order
         assert sorted(order) == list(range(len(ROWS)))
         passes.append(order)
     assert passes[0] != passes[1] != passes[2]
@@ -291,7 +296,7 @@ def test_batches_hold_rows_of_similar_length() -> None:
     assert sum(spread) / len(spread) < 10  # of 49; unsorted it would be about 39
 
 
-# -- the best checkpoint ---------------------------------------------------------------------------------------------------
+# -- the best checkpoint -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

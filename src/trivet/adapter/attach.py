@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from trivet.adapter.layers import adapted_layers
 from trivet.errors import AdapterError, ConfigError
@@ -82,11 +83,15 @@ def attach(
         exclude_modules=rf"(.*\.)?({'|'.join(map(re.escape, heads))})(\..*)?" if heads else None,
     )
     _check_targets(model, targets)
+    linear = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
     with quiet_peft():
         try:
             adapted = get_peft_model(model, config)
         except ValueError as error:
-            raise ConfigError(f"model.target_modules {targets}: {error}") from error
+            raise ConfigError(
+                f"model.target_modules {targets}: {str(error).rstrip('.')}. Linear layers of this model: "
+                f"{', '.join(sorted(linear))}; write them as a list"
+            ) from error
     parts.part("decompose")(adapted_layers(adapted), torch.Generator().manual_seed(seed))
     return adapted
 

@@ -117,9 +117,12 @@ def read_notes(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        notes = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise AdapterError(f"{path}: can't be read: {error}") from error
+    if not isinstance(notes, dict):
+        raise AdapterError(f"{path}: can't be read: it is no JSON object")
+    return notes
 
 
 def read_config(folder: Path) -> LoraConfig:

@@ -35,16 +35,18 @@ def generate(
     from transformers import GenerationConfig
 
     seq2seq = bool(model.config.is_encoder_decoder)
-    # Built from scratch: a checkpoint's own sampling settings must not leak into an evaluation.
-    start = getattr(model.generation_config, "decoder_start_token_id", None) if seq2seq else None
+    holder = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = holder.generation_config
+    start = getattr(own, "decoder_start_token_id", None) if seq2seq else None
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
         eos_token_id=list(stop_ids),
         pad_token_id=tokenizer.pad_token_id,
         decoder_start_token_id=start if start is not None else getattr(model.config, "decoder_start_token_id", None),
+        forced_bos_token_id=own.forced_bos_token_id if seq2seq else None,  # a translator's target language
         use_cache=True,
-        **({"temperature": temperature, "top_p": top_p} if temperature > 0 else {}),
+        **({"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}),
     )
     positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     collate = Collator(tokenizer.pad_token_id, side="right" if seq2seq else "left")
@@ -52,16 +54,21 @@ def generate(
     was_training = model.training
     model.eval()
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    for first in range(0, len(order), batch_size):
-        indices = order[first : first + batch_size]
-        batch = to_device(collate([Encoded(input_ids=prompts[i]) for i in indices]), model.device)
-        taken = 1 if seq2seq else batch["input_ids"].shape[1]
-        settings.max_new_tokens = min(max_new_tokens, positions - taken)
-        out = model.generate(**batch, generation_config=settings, streamer=streamer)
-        new = out if seq2seq else out[:, batch["input_ids"].shape[1] :]
-        for index, text in zip(indices, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-            answers[index] = text.strip()
-        if progress is not None:
-            progress(len(indices))
-    model.train(was_training)
+    # In place of the checkpoint's own settings (beams, penalties, lengths), which transformers would mix in.
+    holder.generation_config = settings
+    try:
+        for first in range(0, len(order), batch_size):
+            indices = order[first : first + batch_size]
+            batch = to_device(collate([Encoded(input_ids=prompts[i]) for i in indices]), model.device)
+            taken = 1 if seq2seq else len(prompts[indices[0]])
+            settings.max_new_tokens = min(max_new_tokens, positions - taken)
+            out = model.generate(**batch, generation_config=settings, streamer=streamer)
+            new = out if seq2seq else out[:, batch["input_ids"].shape[1] :]
+            for index, text in zip(indices, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+                answers[index] = text.strip()
+            if progress is not None:
+                progress(len(indices))
+    finally:
+        holder.generation_config = own
+        model.train(was_training)
     return answers

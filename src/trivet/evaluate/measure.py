@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -135,6 +136,8 @@ class Evaluator:
     def _choose(self, model: Any, encoder: TextEncoder) -> list[int]:
         """The choice with the highest log-likelihood per UTF-8 byte (lm-evaluation-harness's acc_norm)."""
         rows: list[Encoded] = []
+        encoder = copy.copy(encoder)
+        encoder.loss_on = "responses"  # the prompt is the same for every choice, whatever is trained on
         for example in self.dataset:
             for choice in example.choices:
                 encoded, _ = encoder.encode(replace(example, completion=choice))

@@ -93,8 +93,10 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             batches.append(batch)
         if not batches:
             return batches, None
-        # Labels of first tokens are -100 already, so causal and aligned labels are counted alike.
-        items = sum((batch["labels"] != IGNORE).sum() for batch in batches)
+        if self.task in ("classification", "regression"):  # where -100 may be a label
+            items = sum(batch["labels"].numel() for batch in batches)
+        else:  # labels of first tokens are -100 already, so causal and aligned labels are counted alike
+            items = sum((batch["labels"] != IGNORE).sum() for batch in batches)
         tokens = sum(batch["attention_mask"].sum() for batch in batches)
         if self.task == "seq2seq":
             tokens = tokens + items
