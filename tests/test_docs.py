@@ -79,6 +79,11 @@ def test_every_config_loads(page: Path, tmp_path: Path) -> None:
             load(tmp_path / "config.yaml")
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=name_of)
+def test_every_example_config_loads(path: Path) -> None:
+    assert load(path).data.train
+
+
 def commands(page: Path) -> list[list[str]]:
     """The words of every `trivet` command in the page's shell blocks, and in its text between backticks."""
     shell = "\n".join(blocks(page, "bash", "sh", "console", "shell")).replace("\\\n", " ")

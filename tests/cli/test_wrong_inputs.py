@@ -365,12 +365,13 @@ def test_wrong_input(
 def test_overwriting_a_run_keeps_what_is_not_of_the_run(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     old_run(world)
     world.write("runs/a/thesis.txt", "years of work")
+    (world.cwd / "runs/a/checkpoints/checkpoint-9").mkdir()
     before = world.state()
     assert here(world.cwd, ["train", "config.yaml", "--overwrite", "seed=7"], monkeypatch) == 0
     after = world.state()
     assert after["runs/a/thesis.txt"] == before["runs/a/thesis.txt"]
     assert after["runs/a/result.json"] != before["runs/a/result.json"]
-    assert not any(name.endswith("checkpoint-1") for name in after)  # of the old run, which had two steps
+    assert "runs/a/checkpoints/checkpoint-9" not in after
 
 
 # -- a full disk -------------------------------------------------------------------------------------------------------

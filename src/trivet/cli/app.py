@@ -9,10 +9,11 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from trivet import __version__
 from trivet.errors import ConfigError, TrivetError
 
 app = typer.Typer(
@@ -66,6 +67,16 @@ def split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
     if len(files) > 1:
         raise ConfigError(f"one config file at most, not {' and '.join(files)}; overrides are written key=value")
     return (Path(files[0]) if files else None), [a for a in arguments if "=" in a]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    """Parameter-efficient fine-tuning of language models: LoRA that finds its own rank."""
+    if version:
+        typer.echo(f"trivet {__version__}")
+        raise typer.Exit
 
 
 def build() -> typer.Typer:

@@ -253,7 +253,7 @@ def choice_metrics(correct: Sequence[bool]) -> list[Metric]:
     """`accuracy`, in 0..1, of multiple choice by length-normalised likelihood.
 
     Args:
-        correct: (n,) whether the gold choice had the highest likelihood per token.
+        correct: (n,) whether the gold choice had the highest likelihood per byte of its text.
 
     Raises:
         DataError: if there is no example.
