@@ -28,10 +28,16 @@ KEPT = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of the task files")
+    parser.add_argument("--data", type=Path, help="folder of the task files")
+    parser.add_argument("--table", action="store_true", help="only print the README's table of what is there")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[42])
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table())
+        return
+    if arguments.data is None:
+        parser.error("--data is needed: the folder of the task files")
     done = set()
     if RESULTS.exists():
         done = {(row["name"], row["seed"]) for row in map(json.loads, RESULTS.read_text().splitlines())}
@@ -44,6 +50,30 @@ def main() -> None:
             with RESULTS.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             print(json.dumps(row["metrics"], indent=1))
+
+
+#: What a task is called in the table, and its metrics there.
+SHOWN = {
+    "classification": ("TREC questions, 6 classes (MiniLM-L6)", ("accuracy", "macro_f1")),
+    "regression": ("STS-B similarity (MiniLM-L6)", ("pearson", "spearman")),
+    "data_to_text": ("E2E data-to-text (SmolLM2-135M)", ("loss", "bleu", "nist", "rougeL", "cider")),
+}
+
+
+def table() -> str:
+    """The recorded figures as a Markdown table: both sides, and the interval of their difference."""
+    lines = [
+        "| task | metric | base | tuned | 95% interval of the difference | n |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines()):
+        title, names = SHOWN[row["name"]]
+        for name in names:
+            base, tuned = (row["metrics"][side][name] for side in ("base", "tuned"))
+            low, high = row["intervals"]["difference"][name]
+            figures = f"{base:.3g} | {tuned:.3g} | {low:+.3g} to {high:+.3g} | {row['n'][name]}"
+            lines.append(f"| {title} | {name} | {figures} |")
+    return "\n".join(lines)
 
 
 def run(name: str, seed: int, data: Path) -> dict:
