@@ -270,7 +270,10 @@ def test_debug_shows_where_an_error_comes_from(words: list[str], tmp_path: Path)
 def interrupted(shop: Path, tmp_path: Path, when: Iterator[str], *more: str) -> str:
     """Ctrl-C in a long run, once its standard error has shown all of `when`; the rest of what it says."""
     words = ["train", "config.yaml", *OVERRIDES, "training.max_steps=100000", f"output_dir={tmp_path / 'long'}", *more]
-    with subprocess.Popen(**command(shop, *words), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+    pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+    # A shell's background jobs ignore SIGINT and hand that on, as tests in CI may find themselves.
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(**command(shop, *words), **pipes) as process:
         assert process.stderr is not None
         for sign in when:
             for line in process.stderr:
