@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from trivet.config import ALIASES, Config, DataConfig, ModelConfig, TrainingConfig
 from trivet.configio import dump, keys, load, sections, template, to_dict
 from trivet.errors import ConfigError
+from trivet.methods import METHODS
 
 KEYS = keys()
 
@@ -62,6 +63,8 @@ def another(name: str) -> Any:
         return 0.75
     if int in options:
         return 17
+    if name == "method":
+        return "pissa"
     return {"prompt": "question"} if typing.get_origin(kind) is dict else "something"
 
 
@@ -468,10 +471,21 @@ TEXT = st.one_of(
 )
 
 
+#: Methods as they may be written.
+METHOD_FORMS: list[Any] = [
+    *METHODS,
+    {"update": "muon"},
+    {"decompose": "gradient", "rank": {"name": "squeeze", "budget": "r2-equivalent"}, "update": "adamw"},
+    {"rank": {"name": "pattern", "ranks": {"q_proj": 4, "mlp": 0}}, "update": {"name": "lora_plus", "ratio": 4}},
+]
+
+
 def values_of(name: str) -> st.SearchStrategy[Any]:
     """Valid values of a key, read off its type and bounds."""
     field, kind = KEYS[name]
     limits = field.metadata
+    if name == "method":
+        return st.sampled_from(METHOD_FORMS)
     if limits["choices"]:
         choice = st.sampled_from(limits["choices"])
         return st.lists(choice, max_size=3) if typing.get_origin(kind) is list else choice

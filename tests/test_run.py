@@ -96,6 +96,7 @@ def test_the_log_has_a_line_a_step_and_one_a_validation(done: Path) -> None:
         assert list(row) == [
             "step", "loss", "learning_rate", "grad_norm", "step_seconds", "tokens", "supervised_tokens", "epoch",
             "memory_bytes",
+            "adapter_parameters",
         ]  # fmt: skip
         assert row["tokens"] > row["supervised_tokens"] > 0 and row["memory_bytes"] > 1e6 and row["step_seconds"] > 0
     others = [row for row in rows if "loss" not in row]
@@ -109,7 +110,8 @@ def test_the_result_says_what_was_measured_and_with_what(done: Path) -> None:
     result = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert set(result) == {
         "metrics", "intervals", "n", "evaluated_on", "best_validation_loss", "best_step", "steps", "model", "task",
-        "method", "dtype", "device", "trainable_parameters", "total_parameters", "tokens_per_second",
+        "method", "dtype", "device", "ranks", "rank_history", "rank_seconds", "adapter_parameters",
+        "trainable_parameters", "total_parameters", "tokens_per_second",
         "peak_memory_bytes", "wall_seconds", "proof", "seed", "data", "versions", "finished",
     }  # fmt: skip
     assert set(result["data"]) == {

@@ -15,17 +15,31 @@ _HOME = {
     "load_dataset": "trivet.data",
     "Dataset": "trivet.data",
     "attach": "trivet.adapter.attach",
+    "callback": "trivet.train.ranks",
+    "optimizer": "trivet.adapter.plan",
     "Config": "trivet.config",
     "TrivetError": "trivet.errors",
 }
-__all__ = ["Config", "Dataset", "LoRAModel", "TrivetError", "__version__", "attach", "load_dataset"]
+__all__ = [
+    "Config",
+    "Dataset",
+    "LoRAModel",
+    "TrivetError",
+    "__version__",
+    "attach",
+    "callback",
+    "load_dataset",
+    "optimizer",
+]
 
 if TYPE_CHECKING:
     from trivet.adapter.attach import attach
+    from trivet.adapter.plan import optimizer
     from trivet.api import LoRAModel
     from trivet.config import Config
     from trivet.data import Dataset, load_dataset
     from trivet.errors import TrivetError
+    from trivet.train.ranks import RankCallback as callback  # noqa: N813 - used as a function
 
 
 def __getattr__(name: str) -> Any:

@@ -63,7 +63,7 @@ class LoRAModel:
             raise ConfigError("this model was merged, which used it up; go on with the merged model, or load() again")
         if self._session is None:
             example = Dataset([Example(prompt="", completion="")], "prompt-completion", "nothing yet")
-            self._session = begin(self.config, example)
+            self._session = begin(replace(self.config, method="lora"), example)  # no other start does less
         return self._session
 
     @property
@@ -117,7 +117,7 @@ class LoRAModel:
     def evaluate(self, dataset: Any, **settings: Any) -> dict[str, Any]:
         """Base and tuned side by side on `dataset`: `metrics`, `intervals` (95%, bootstrap) and `n`."""
         config = _configured(self.config, settings)
-        chosen = Settings(**{k: getattr(config.evaluation, k) for k in Settings.__dataclass_fields__})
+        chosen = Settings.of(config.evaluation)
         rows = self._rows(dataset)
         return self.session.evaluator(rows, chosen).side_by_side(self.model).to_dict()
 

@@ -5,8 +5,11 @@ Every field is documented where it is declared; `trivet init` and the error mess
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+from trivet.methods import written
 
 #: What a model can be trained to do. `auto` infers it from the data's format and the model's architecture.
 TASKS = ("auto", "causal-lm", "seq2seq", "classification", "regression")
@@ -34,9 +37,15 @@ def option(
     at_least: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    check: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """A documented dataclass field; `choices` (of each item of a list) and bounds are checked when a config is read."""
-    metadata = {"help": help, "choices": choices, "at_least": at_least, "above": above, "below": below}
+    """A documented dataclass field, checked when a config is read.
+
+    `choices` are for each item of a list; `check` returns the value as it is to be kept, or raises `ConfigError`.
+    """
+    metadata = {
+        "help": help, "choices": choices, "at_least": at_least, "above": above, "below": below, "check": check,
+    }  # fmt: skip
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -164,7 +173,12 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    method: str = option("lora", "named method (`trivet methods` lists them)")
+    method: str | dict[str, Any] = option(
+        "lora",
+        "a named method, or a part for each leg, e.g. {decompose: gradient, rank: {name: squeeze, budget: "
+        "r4-equivalent}, update: adamw} (`trivet methods` lists them)",
+        check=written,
+    )
     output_dir: str = option("runs/trivet", "the run folder: everything a run writes is inside it")
 
 

@@ -92,9 +92,7 @@ def load(
             value = yaml.load(raw, _Loader)  # noqa: S506 - a SafeLoader subclass
         except yaml.YAMLError as error:
             raise ConfigError(f"override '{text}': the value is not valid YAML: {error}") from error
-        one: dict[str, Located] = {}
-        _assign(one, key.strip(), value, f"override '{text}'")
-        settings |= one
+        settings[canonical(key.strip(), f"override '{text}'")] = (value, f"override '{text}'")
     return _build(settings)
 
 
@@ -216,6 +214,11 @@ def _check(name: str, f: Field, kind: Any, value: Any, where: str) -> Any:
         if bound is not None and isinstance(accepted, (int, float)) and not holds(accepted, bound):
             rule = f"{words.replace('_', ' ')} {bound:.10g}"
             raise ConfigError(f"{where}: {name} must be {rule}, not {accepted}; {f.metadata['help']}")
+    if f.metadata["check"] is not None:
+        try:
+            return f.metadata["check"](accepted)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
     return accepted
 
 
@@ -230,13 +233,11 @@ def _convert(kind: Any, value: Any) -> tuple[Any, bool]:
     if kind is type(None):
         return None, value is None
     if origin is list:
-        return (
-            (list(value), all(isinstance(v, arguments[0]) for v in value))
-            if isinstance(value, (list, tuple))
-            else (value, False)
-        )
+        listed = isinstance(value, (list, tuple))
+        return (list(value), all(isinstance(v, arguments[0]) for v in value)) if listed else (value, False)
     if origin is dict:
-        return value, isinstance(value, dict) and all(isinstance(v, str) for kv in value.items() for v in kv)
+        kinds = (str, object if arguments[1] is Any else arguments[1])
+        return value, isinstance(value, dict) and all(all(map(isinstance, kv, kinds)) for kv in value.items())
     if kind is bool:
         return value, isinstance(value, bool)
     if kind is int:
@@ -257,7 +258,8 @@ def _describe(kind: Any) -> str:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_describe(a) for a in arguments)
-    return "a list of texts" if origin is list else "a mapping of texts"
+    words = "a list" if origin is list else "a mapping"
+    return words if arguments[-1] is Any else f"{words} of texts"
 
 
 def to_dict(config: Config) -> dict[str, Any]:

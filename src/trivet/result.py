@@ -9,17 +9,20 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from trivet.adapter.attach import trainable_parameters
+from trivet.adapter.layers import adapted_layers
 from trivet.adapter.save import Proof
 from trivet.evaluate.measure import Evaluation
 from trivet.memory import peak_memory
 
 if TYPE_CHECKING:
     from trivet.run import Prepared
+    from trivet.train.ranks import RankCallback
 
 
 def build_result(
     ready: Prepared,
     state: Any,
+    ranks: RankCallback,
     tokens_per_second: float,
     proof: Proof,
     evaluation: Evaluation | None,
@@ -31,6 +34,7 @@ def build_result(
     Args:
         ready: the prepared run.
         state: transformers' TrainerState at the end of the training.
+        ranks: what carried out the rank policy.
         tokens_per_second: trained on, without padding.
         proof: of the saved adapter.
         evaluation: of base and tuned on the split `which` (test or validation), if there was one.
@@ -52,6 +56,10 @@ def build_result(
         "method": ready.config.method,
         "dtype": str(session.base.dtype).removeprefix("torch."),
         "device": str(session.base.device),
+        "ranks": {layer.name: layer.rank for layer in adapted_layers(session.model)},
+        "rank_history": ranks.policy.history,
+        "rank_seconds": round(ranks.seconds, 3),
+        "adapter_parameters": ranks.parameters,
         "trainable_parameters": trainable_parameters(session.model),
         "total_parameters": sum(p.numel() for p in session.model.get_base_model().parameters()),
         "tokens_per_second": round(tokens_per_second, 1),

@@ -19,6 +19,7 @@ from rich.console import Console
 from transformers import EarlyStoppingCallback, TrainingArguments
 
 from trivet.adapter.attach import trainable_parameters
+from trivet.adapter.plan import optimizer
 from trivet.adapter.save import save_adapter
 from trivet.config import Config
 from trivet.configio import dump
@@ -27,7 +28,6 @@ from trivet.data.dataset import Dataset
 from trivet.data.encode import Encoded, Summary, encode_dataset
 from trivet.errors import ConfigError, TrivetError
 from trivet.evaluate.measure import Evaluation, Settings, write_predictions
-from trivet.methods import find_method
 from trivet.result import build_result
 from trivet.runfolder import RunFolder, storage, write_json, write_text
 from trivet.session import Session, begin, check_format
@@ -78,8 +78,7 @@ def prepare(config: Config, console: Console, **datasets: Any) -> Prepared:
         session.evaluator(splits.test)  # what is wrong with it should show now, not after the training
     _say(
         console,
-        f"method {config.method}: rank {config.model.lora_rank}, "
-        f"{trainable_parameters(session.model):,} trainable parameters",
+        f"method {config.method}: {trainable_parameters(session.model):,} trainable parameters",
     )
     return Prepared(config, splits, session, train_rows, validation_rows, summary)
 
@@ -125,10 +124,13 @@ def train(
     with _writing(folder, log_callback, fresh=not resume):
         folder.begin(dump(config), resume=resume)
         trainer = make_trainer(ready, folder, log_callback)
-        checkpoint = newest_checkpoint(folder.checkpoints) if resume else None
+        ranks = trainer.ranks
+        checkpoint = newest_checkpoint(folder.checkpoints, ranks.files) if resume else None
         if resume:
             where = f"step {step_of(checkpoint)}" if checkpoint else "the beginning: no whole checkpoint was left"
             _say(console, f"resuming from {where}")
+        if checkpoint:
+            ranks.resume(checkpoint)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     proof = save_adapter(
@@ -144,10 +146,17 @@ def train(
     rows = ready.splits.test if ready.splits.test is not None else ready.splits.validation
     if rows is not None:
         _say(console, f"evaluating base and tuned on {len(rows):,} {which} rows")
-        settings = Settings(**{k: getattr(config.evaluation, k) for k in Settings.__dataclass_fields__})
+        settings = Settings.of(config.evaluation)
         evaluation = session.evaluator(rows, settings).side_by_side(session.model)
     result = build_result(
-        ready, trainer.state, log_callback.tokens_per_second, proof, evaluation, which, time.perf_counter() - began
+        ready,
+        trainer.state,
+        ranks,
+        log_callback.tokens_per_second,
+        proof,
+        evaluation,
+        which,
+        time.perf_counter() - began,
     )
     if evaluation is not None and evaluation.predictions:
         write_text(folder.predictions, write_predictions(evaluation.predictions))
@@ -209,7 +218,7 @@ def make_trainer(ready: Prepared, folder: RunFolder, log_callback: RunLog) -> Tr
         train_rows=ready.train_rows,
         validation_rows=held,
         collator=session.collator,
-        optimizer=find_method(ready.config.method).part("update"),
+        optimizer=optimizer,
         callbacks=callbacks,
         tokenizer=session.tokenizer,
     )

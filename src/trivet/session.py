@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from trivet.adapter.attach import attach
 from trivet.adapter.save import load_adapter, read_config, read_notes
 from trivet.config import Config
-from trivet.data.batch import Collator
+from trivet.data.batch import Collator, to_device
 from trivet.data.dataset import Dataset
-from trivet.data.encode import Encoded, LabelEncoder, TextEncoder
+from trivet.data.encode import IGNORE, Encoded, LabelEncoder, TextEncoder, encode_dataset
 from trivet.errors import AdapterError, ConfigError, DataError
 from trivet.evaluate.measure import Evaluator, Settings
+from trivet.loss import training_loss
+from trivet.methods import find_method
 from trivet.model import Base, load_base
 
 #: Formats whose rows have a class or a number as their answer.
@@ -130,6 +134,13 @@ def begin(config: Config, train: Dataset) -> Session:
         seed=config.training.seed,
     )
     check_format(train, base.task)
+    data = {
+        "max_length": config.data.max_length,
+        "chat_template": config.data.chat_template,
+        "loss_on": config.data.loss_on,
+    }
+    encoder = make_encoder(base, data)
+    looking = find_method(config.method).needs_probe
     model = attach(
         base.model,
         lora_rank=wanted.lora_rank,
@@ -139,14 +150,30 @@ def begin(config: Config, train: Dataset) -> Session:
         modules_to_save=base.fresh,
         task=base.task,
         method=config.method,
+        batches=_probe_batches(config, base, encoder, train) if looking else None,
+        loss=partial(probe_loss, task=base.task),
         seed=config.training.seed,
     )
-    data = {
-        "max_length": config.data.max_length,
-        "chat_template": config.data.chat_template,
-        "loss_on": config.data.loss_on,
-    }
-    return Session(base, model, make_encoder(base, data), data)
+    return Session(base, model, encoder, data)
+
+
+def _probe_batches(
+    config: Config, base: Base, encoder: TextEncoder | LabelEncoder, train: Dataset
+) -> list[dict[str, torch.Tensor]]:
+    """The rows of four training batches, for methods that look at the data before they start."""
+    size = config.training.batch_size
+    rows, _ = encode_dataset(train.shuffled(config.training.seed).take(4 * size), encoder)
+    shift = base.model.prepare_decoder_input_ids_from_labels if base.task == "seq2seq" else None
+    collator = Collator(base.tokenizer.pad_token_id, shift=shift)
+    return [to_device(collator(rows[i : i + size]), base.device) for i in range(0, len(rows), size)]
+
+
+def probe_loss(model: Any, batch: Mapping[str, torch.Tensor], *, task: str) -> tuple[torch.Tensor, int]:
+    """The training's loss of a batch, and the number of items in its mean."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    labels = batch["labels"]
+    items = labels.numel() if task in LABELLED else int((labels != IGNORE).sum())
+    return training_loss(model(**inputs), labels, items, task=task), items
 
 
 def make_encoder(base: Base, data: dict[str, Any]) -> TextEncoder | LabelEncoder:
@@ -188,10 +215,14 @@ def reopen(folder: Path, *, base_model: str | None = None, dtype: str = "auto", 
         raise AdapterError(f"adapter {folder}: does not say which base model it belongs to; pass --base-model")
     tasks = {"CAUSAL_LM": "causal-lm", "SEQ_2_SEQ_LM": "seq2seq", "SEQ_CLS": "classification"}
     task = notes.get("task") or tasks.get(str(config.task_type).rpartition(".")[2], "auto")
+    labels = notes.get("labels")
+    if task == "classification" and not labels:
+        labels = _numbered_classes(folder)
+        task = "classification" if len(labels) > 1 else "regression"
     base = load_base(
         name,
         task=task,
-        labels=notes.get("labels"),
+        labels=labels if task == "classification" else None,
         dtype=notes.get("dtype", "auto") if dtype == "auto" else dtype,
         device=device,
         revision=notes.get("revision"),
@@ -199,6 +230,19 @@ def reopen(folder: Path, *, base_model: str | None = None, dtype: str = "auto", 
     model = load_adapter(base.model, folder)
     data = notes.get("data") or {"max_length": 1024, "chat_template": "auto", "loss_on": "responses"}
     return Session(base, model, make_encoder(base, data), data)
+
+
+def _numbered_classes(folder: Path) -> list[str]:
+    """The classes of a classifier that was made elsewhere: as many as its saved head has outputs, named by number."""
+    try:
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+            whole = [key for key in file.keys() if "lora_" not in key and key.endswith(".weight")]  # noqa: SIM118
+            outputs = [int(file.get_slice(key).get_shape()[0]) for key in whole]
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"adapter {folder}: adapter_model.safetensors can't be read: {error}") from error
+    if not outputs:
+        raise AdapterError(f"adapter {folder}: is a classifier's, but neither holds its head nor names its classes")
+    return [str(i) for i in range(min(outputs))]
 
 
 def adapter_folder(folder: Path) -> Path:

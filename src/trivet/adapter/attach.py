@@ -6,7 +6,7 @@ import contextlib
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,14 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from trivet.adapter.layers import adapted_layers
+from trivet.adapter.layers import AdaptedLayer, adapted_layers
+from trivet.adapter.plan import Plan
+from trivet.adapter.resize import set_ranks
+from trivet.adapter.statistics import LayerStatistics
 from trivet.errors import AdapterError, ConfigError
 from trivet.methods import find_method
 from trivet.model import head_names
+from trivet.probe import probe
 
 _TASK_TYPES = {
     "causal-lm": TaskType.CAUSAL_LM,
@@ -36,7 +40,9 @@ def attach(
     target_modules: str | Sequence[str] = "all-linear",
     modules_to_save: Sequence[str] = (),
     task: str = "auto",
-    method: str = "lora",
+    method: Any = "lora",
+    batches: Iterable[Mapping[str, torch.Tensor]] | None = None,
+    loss: Callable[[Any, Mapping[str, torch.Tensor]], tuple[torch.Tensor, int]] | None = None,
     seed: int = 42,
 ) -> PeftModel:
     """Attach a LoRA adapter; the model's outputs do not change until it is trained.
@@ -49,17 +55,23 @@ def attach(
         target_modules: "all-linear" (every linear layer but the output head), or layer names.
         modules_to_save: further parts to train whole and save with the adapter, such as a newly started pooler.
         task: causal-lm, seq2seq, classification or regression; `auto` reads it off the model's class.
-        method: a name from `trivet methods`.
+        method: a name from `trivet methods`, or a mapping of legs: {"decompose": "gradient", "rank": {"name":
+            "squeeze", "budget": "r4-equivalent"}, "update": "adamw"}. `trivet.optimizer` and `trivet.callback` carry
+            out the other two legs in the training.
+        batches: a few batches of model inputs with labels, for methods that look at the data first.
+        loss: (model, batch) -> (mean loss, number of items in it) for those batches; default: the model's own loss.
         seed: seeds the factors, independent of torch's global state.
 
     Returns:
         A `peft.PeftModel`. A classification or regression head is trained and saved with the adapter.
 
     Raises:
-        ConfigError: no layer is called like that, or a value is out of range.
+        ConfigError: no layer is called like that, a value is out of range, or the method needs `batches`.
         AdapterError: a target shares its weights with another layer, so it could not be merged or exported.
     """
     parts = find_method(method)
+    if parts.needs_probe and batches is None:
+        raise ConfigError(f"method {parts}: looks at the data before it starts; pass batches= with a few batches")
     if isinstance(model, PeftModel):
         raise ConfigError("the model already has an adapter; merge it first, or pass the base model")
     if not 0 <= lora_dropout < 1:
@@ -70,17 +82,18 @@ def attach(
         raise ConfigError(f"lora_alpha must be above 0, not {lora_alpha}: at a scale of 0 nothing could be learned")
     if task == "auto":
         task = task_of(model)
-    rank = parts.part("rank")(lora_rank).start_rank
+    policy = parts.part("rank")(lora_rank, **parts.options("rank"))
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     heads = [*(head_names(model) if task in ("classification", "regression") else ()), *modules_to_save]
     config = LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank if lora_alpha is None else lora_alpha,  # type: ignore[arg-type]
+        r=lora_rank,
+        lora_alpha=2 * lora_rank if lora_alpha is None else lora_alpha,  # type: ignore[arg-type]
         lora_dropout=lora_dropout,
         target_modules=targets,
         task_type=_TASK_TYPES[task],
+        use_dora="magnitude" in parts.spec("decompose").traits,
         modules_to_save=heads or None,
-        exclude_modules=rf"(.*\.)?({'|'.join(map(re.escape, heads))})(\..*)?" if heads else None,
+        exclude_modules=heads_pattern(heads),
     )
     _check_targets(model, targets)
     linear = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
@@ -92,8 +105,27 @@ def attach(
                 f"model.target_modules {targets}: {str(error).rstrip('.')}. Linear layers of this model: "
                 f"{', '.join(sorted(linear))}; write them as a list"
             ) from error
-    parts.part("decompose")(adapted_layers(adapted), torch.Generator().manual_seed(seed))
+    layers = adapted_layers(adapted)
+    total = sum(p.numel() for p in adapted.parameters()) - sum(x.A.numel() + x.B.numel() for x in layers)
+    statistics: Mapping[str, LayerStatistics] | None = None
+    if parts.needs_probe and batches is not None:
+        statistics = probe(adapted, layers, batches, sketch=4 * policy.widest(layers, total), seed=seed, loss=loss)
+    set_ranks(adapted, policy.start(layers, statistics, total))
+    _start(parts, adapted_layers(adapted), statistics, seed)
+    adapted.trivet = Plan(parts, policy)
     return adapted
+
+
+def _start(
+    parts: Any, layers: Sequence[AdaptedLayer], statistics: Mapping[str, LayerStatistics] | None, seed: int
+) -> None:
+    options = parts.options("decompose")
+    parts.part("decompose")(layers, torch.Generator().manual_seed(seed), statistics, **options)
+
+
+def heads_pattern(heads: Sequence[str] | None) -> str | None:
+    """PEFT's `exclude_modules` for parts that are trained whole; None where there are none."""
+    return rf"(.*\.)?({'|'.join(map(re.escape, heads))})(\..*)?" if heads else None
 
 
 @contextlib.contextmanager

@@ -20,7 +20,9 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from trivet.adapter.attach import quiet_peft
+from trivet.adapter.attach import heads_pattern, quiet_peft
+from trivet.adapter.layers import adapted_layers
+from trivet.adapter.resize import departed, rank_config
 from trivet.errors import AdapterError, ConfigError, ProofError
 from trivet.model import quiet
 from trivet.runfolder import new_folder, write_json
@@ -60,8 +62,7 @@ def save_adapter(
         StorageError: the disk is full or the folder can't be written.
     """
     with new_folder(folder, "adapter") as temporary:
-        model.save_pretrained(str(temporary), safe_serialization=True, save_embedding_layers=False)
-        (temporary / "README.md").unlink(missing_ok=True)  # an empty model card template
+        _write(temporary, *native(model))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary))
         if notes is not None:
@@ -180,33 +181,64 @@ def export(
     if form == "native":
         return save_adapter(model, folder, probe, tokenizer=tokenizer)
     with new_folder(folder, "adapter") as temporary:
-        config, tensors = portable(model)
-        config.save_pretrained(str(temporary))
-        save_file(tensors, temporary / _WEIGHTS, metadata={"format": "pt"})
+        _write(temporary, *portable(model))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary))
         return prove_adapter(model, temporary, probe, rounding(model.dtype))
 
 
-def portable(model: PeftModel) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    """The adapter at one rank R (the largest) and one alpha: smaller layers padded with zeros, scales folded into B."""
+def _write(folder: Path, config: LoraConfig, tensors: dict[str, torch.Tensor]) -> None:
+    config.save_pretrained(str(folder))
+    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+
+
+def native(model: PeftModel) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """PEFT's config and tensors with every layer at its own rank; cores and offsets are written out as A and B."""
     name = model.active_adapter
     config = copy.deepcopy(model.peft_config[name])
-    if getattr(config, "use_dora", False):
-        raise ConfigError("a DoRA adapter has no portable form: it is not of the form B A; merge it instead")
-    modules = {path: m for path, m in model.named_modules() if name in getattr(m, "lora_A", {})}
-    rank = max(m.r[name] for m in modules.values())
-    scale = next(iter(modules.values())).scaling[name]
-    tensors = {k: v.detach().cpu().clone() for k, v in get_peft_model_state_dict(model, adapter_name=name).items()}
-    for path, module in modules.items():
-        a, b = tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"]
-        missing = rank - a.shape[0]
-        b = b * (module.scaling[name] / scale)
-        tensors[f"{path}.lora_A.weight"] = torch.cat([a, a.new_zeros(missing, a.shape[1])])
-        tensors[f"{path}.lora_B.weight"] = torch.cat([b, b.new_zeros(b.shape[0], missing)], dim=1).contiguous()
-    config.r, config.lora_alpha = rank, scale * rank
-    config.rank_pattern, config.alpha_pattern, config.use_rslora = {}, {}, False
     config.inference_mode = True
+    stored = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    tensors = {key: value.detach().cpu().clone() for key, value in stored.items()}
+    ranks = {}
+    for layer in adapted_layers(model, name):
+        a, b = layer.factors()
+        ranks[layer.name] = (a.shape[0], layer.scale)
+        if layer.form != "plain":
+            start = f"base_model.model.{layer.name}.lora_"
+            tensors = {k: v for k, v in tensors.items() if not k.startswith(start)}
+            tensors |= {
+                f"{start}{side}.weight": f.detach().cpu().contiguous().clone() for side, f in (("A", a), ("B", b))
+            }
+    config.r, config.lora_alpha, config.rank_pattern, config.alpha_pattern = rank_config(ranks)
+    config.use_rslora = False
+    return config, tensors
+
+
+def portable(model: PeftModel) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """The adapter at one rank R (the largest) and one alpha: smaller layers padded with zeros, scales folded into B.
+
+    Layers that were adapted and have left come back as zeros, so that the same modules are there in every block.
+    """
+    config, tensors = native(model)
+    if config.use_dora:
+        raise ConfigError("a DoRA adapter has no portable form: it is not of the form B A; merge it instead")
+    layers = adapted_layers(model, model.active_adapter)
+    rank = max(layer.factors()[0].shape[0] for layer in layers)
+    scale = layers[0].scale
+    for layer in layers:
+        kind = "lora_embedding_{}" if layer.embedding else "lora_{}.weight"
+        keys = [f"base_model.model.{layer.name}.{kind.format(side)}" for side in "AB"]
+        a, b = (tensors[key] for key in keys)
+        missing = rank - a.shape[0]
+        tensors[keys[0]] = torch.cat([a, a.new_zeros(missing, a.shape[1])])
+        padded = torch.cat([b * (layer.scale / scale), b.new_zeros(b.shape[0], missing)], dim=1)
+        tensors[keys[1]] = padded.contiguous()
+    for name, out, inside in departed(model):
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.zeros(rank, inside)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.zeros(out, rank)
+    config.r, config.lora_alpha = rank, scale * rank
+    config.rank_pattern, config.alpha_pattern = {}, {}
+    config.exclude_modules = heads_pattern(config.modules_to_save)
     return config, tensors
 
 

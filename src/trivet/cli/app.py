@@ -81,10 +81,10 @@ def root(
 
 def build() -> typer.Typer:
     """The command with all its verbs."""
-    from trivet.cli import chat, evaluate, export, generate, init, merge, methods, train, validate
+    from trivet.cli import chat, compress, evaluate, export, generate, init, inspect, merge, methods, train, validate
 
     if not app.registered_commands:
-        for module in (init, validate, train, evaluate, generate, chat, merge, export, methods):
+        for module in (init, validate, train, evaluate, inspect, compress, generate, chat, merge, export, methods):
             module.register(app)
     return app
 

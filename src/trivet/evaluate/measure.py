@@ -36,6 +36,11 @@ class Settings:
     max_new_tokens: int = 128
     resamples: int = 1000
 
+    @classmethod
+    def of(cls, section: Any) -> Settings:
+        """From anything with these attributes, such as the config's section."""
+        return cls(**{name: getattr(section, name) for name in cls.__dataclass_fields__})
+
 
 @dataclass(frozen=True)
 class Side:

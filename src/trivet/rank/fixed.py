@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from trivet.rank.policy import Policy
 
 
-@dataclass(frozen=True)
-class Fixed:
-    """A rank policy that never changes its mind."""
-
-    rank: int
-
-    @property
-    def start_rank(self) -> int:
-        """The rank that every layer is attached with."""
-        return self.rank
+class Fixed(Policy):
+    """`lora_rank` everywhere."""

@@ -82,6 +82,7 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
                 "supervised_tokens": self.trainer.step_supervised,
                 "epoch": round(logs.get("epoch", 0.0), 4),
                 "memory_bytes": current_memory(),
+                "adapter_parameters": self.trainer.ranks.parameters,
             }
             self.steps.append(row)
             self._show(row, state)
@@ -128,7 +129,8 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
         left = (state.max_steps - state.global_step) * seconds / len(recent)
         line = (
             f"step {row['step']}/{state.max_steps}  loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  "
-            f"{speed:,.0f} tokens/s  ETA {_clock(left)}  memory {_size(row['memory_bytes'])}"
+            f"{row['adapter_parameters']:,} parameters  {speed:,.0f} tokens/s  ETA {_clock(left)}  "
+            f"memory {_size(row['memory_bytes'])}"
         )
         if self.live is not None:
             self.live.update(Text(line), refresh=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from trivet.errors import AdapterError
@@ -15,33 +16,37 @@ log = logging.getLogger("trivet")
 _NEEDED = ("trainer_state.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt")
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint in `folder`; damaged ones are named in the log and passed over."""
+def newest_checkpoint(folder: Path, also: Sequence[str] = ()) -> Path | None:
+    """The newest whole checkpoint in `folder`; damaged ones are named in the log and passed over.
+
+    `also` names further files that it must hold.
+    """
     found = [p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
     for path in sorted(found, key=lambda p: -int(p.name.rpartition("-")[2])):
-        problem = damage(path)
+        problem = damage(path, also)
         if problem is None:
             return path
         log.warning("checkpoint %s is damaged (%s): passed over", path, problem)
     return None
 
 
-def damage(path: Path) -> str | None:
+def damage(path: Path, also: Sequence[str] = ()) -> str | None:
     """What is wrong with a checkpoint, or None."""
     from safetensors import SafetensorError, safe_open
 
-    for name in _NEEDED:
+    for name in (*_NEEDED, *also):
         if not (path / name).is_file() or not (path / name).stat().st_size:
             return f"{name} is missing or empty"
     if not any(path.glob("rng_state*.pth")):  # one for each process
         return "rng_state.pth is missing"
     try:
         json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        with safe_open(path / "adapter_model.safetensors", framework="np") as tensors:
-            tensors.keys()
-        for file in (*path.glob("*.pt"), *path.glob("*.pth")):
-            if not zipfile.is_zipfile(file):  # a zip's directory stands at its end
-                return f"{file.name} is cut short"
+        for file in path.glob("*.safetensors"):
+            with safe_open(file, framework="np") as tensors:
+                tensors.keys()
+        for archive in (*path.glob("*.pt"), *path.glob("*.pth")):
+            if not zipfile.is_zipfile(archive):  # a zip's directory stands at its end
+                return f"{archive.name} is cut short"
     except (ValueError, SafetensorError, OSError) as error:
         return str(error)
     return None

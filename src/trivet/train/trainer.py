@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -17,8 +18,9 @@ from trivet.data.encode import IGNORE, Encoded
 from trivet.evaluate.score import head_scores, likelihood
 from trivet.loss import training_loss
 from trivet.runfolder import storage
+from trivet.train.ranks import RankCallback
 
-#: The update rule: named parameters, learning_rate, weight_decay -> optimizer.
+#: The update rule: model, learning_rate=, weight_decay= -> optimizer.
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 
 
@@ -68,6 +70,11 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         tokenizer: Any,
     ) -> None:
         self.task, self.collator, self.optimizer_factory = task, collator, optimizer
+        self.ranks = RankCallback(
+            model,
+            validation=self.row_losses if validation_rows else None,
+            items=lambda: self.step_supervised,
+        )
         #: Tokens of the step under way, without padding; and those of them that are learned.
         self.step_tokens = self.step_supervised = 0
         super().__init__(
@@ -77,7 +84,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             eval_dataset=validation_rows,  # type: ignore[arg-type]
             data_collator=collator,
             compute_loss_func=partial(training_loss, task=task),
-            callbacks=callbacks,
+            callbacks=[self.ranks, *callbacks],
             processing_class=tokenizer,
         )
 
@@ -109,9 +116,10 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The method's update rule over everything that is trained."""
         if self.optimizer is None:
-            named = (self.model if model is None else model).named_parameters()
             self.optimizer = self.optimizer_factory(
-                named, learning_rate=self.args.learning_rate, weight_decay=self.args.weight_decay
+                self.accelerator.unwrap_model(self.model if model is None else model),
+                learning_rate=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
             )
         return self.optimizer
 
@@ -120,21 +128,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
     ) -> dict[str, float]:
         """Token-weighted loss and accuracy on the validation rows, each process scoring its share of them."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        share = rows[self.args.process_index :: self.args.world_size]
-        size = self.args.per_device_eval_batch_size
-        model = self.accelerator.unwrap_model(self.model)
-        if self.task in ("classification", "regression"):
-            scores = torch.tensor(head_scores(model, share, self.collator, batch_size=size))
-            gold = torch.tensor([row["labels"] for row in share])
-            if self.task == "regression":
-                losses, right = (scores[:, 0] - gold) ** 2, torch.zeros(len(share))
-            else:
-                losses = torch.nn.functional.cross_entropy(scores, gold, reduction="none")
-                right = scores.argmax(1) == gold
-            sums = torch.stack([losses.sum(), right.sum(), torch.tensor(float(len(share)))]).double()
-        else:
-            scored = likelihood(model, share, self.collator, task=self.task, batch_size=size)
-            sums = torch.tensor([scored.nll.sum(), scored.correct.sum(), scored.tokens.sum()], dtype=torch.float64)
+        sums = self._score(rows[self.args.process_index :: self.args.world_size]).sum(1)
         if self.args.world_size > 1:
             sums = self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
         loss, right_share = (sums[:2] / sums[2]).tolist()
@@ -144,6 +138,26 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def row_losses(self) -> torch.Tensor:
+        """The loss of each validation row, (n,), scaled so that their mean is the validation loss."""
+        losses, _, weight = self._score(self.eval_dataset)
+        return losses / weight.mean()
+
+    def _score(self, rows: Any) -> torch.Tensor:
+        """Per row: summed loss, right answers, and items; (3, rows) float64."""
+        size, model = self.args.per_device_eval_batch_size, self.accelerator.unwrap_model(self.model)
+        if self.task not in ("classification", "regression"):
+            scored = likelihood(model, rows, self.collator, task=self.task, batch_size=size)
+            return torch.tensor(np.stack([scored.nll, scored.correct, scored.tokens]), dtype=torch.float64)
+        scores = torch.tensor(head_scores(model, rows, self.collator, batch_size=size))
+        gold = torch.tensor([row["labels"] for row in rows])
+        if self.task == "regression":
+            losses, right = (scores[:, 0] - gold) ** 2, torch.zeros(len(rows))
+        else:
+            losses = torch.nn.functional.cross_entropy(scores, gold, reduction="none")
+            right = scores.argmax(1) == gold
+        return torch.stack([losses.double(), right.double(), torch.ones(len(rows), dtype=torch.float64)])
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint that could not be written is removed, so that no half of one is ever found."""

@@ -2,19 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
+from trivet.adapter.layers import AdaptedLayer
+
 
 def optimizer(
-    parameters: Iterable[tuple[str, nn.Parameter]], *, learning_rate: float, weight_decay: float = 0.0
+    layers: Sequence[AdaptedLayer],
+    rest: Sequence[tuple[str, nn.Parameter]],
+    *,
+    learning_rate: float,
+    weight_decay: float = 0.0,
 ) -> torch.optim.Optimizer:
-    """AdamW (betas 0.9, 0.999) over named parameters; vectors (biases, norms) are not decayed."""
-    trained = [p for _, p in parameters if p.requires_grad]
+    """AdamW (betas 0.9, 0.999) over the layers' factors and the `rest`; vectors (biases, norms) are not decayed."""
+    return torch.optim.AdamW(decayed([*trained(layers), *others(rest)], weight_decay), lr=learning_rate)
+
+
+def factors(layer: AdaptedLayer) -> list[nn.Parameter]:
+    """The tensors of a layer that are trained: its core, or those of A and B that are not frozen."""
+    found = (layer.A, layer.B) if layer.core is None else (layer.core,)
+    return [p for p in found if isinstance(p, nn.Parameter) and p.requires_grad]
+
+
+def trained(layers: Iterable[AdaptedLayer]) -> list[nn.Parameter]:
+    """The trained tensors of all layers, a core that several of them share once."""
+    return list(dict.fromkeys(p for layer in layers for p in factors(layer)))
+
+
+def others(rest: Iterable[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:
+    """The trained tensors among named parameters."""
+    return [p for _, p in rest if p.requires_grad]
+
+
+def decayed(parameters: Iterable[nn.Parameter], weight_decay: float, **settings: Any) -> list[dict[str, Any]]:
+    """Parameter groups in which matrices are decayed and vectors are not; groups without parameters are left out."""
+    parameters = list(parameters)
     groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay, **settings},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, **settings},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate)
+    return [group for group in groups if group["params"]]

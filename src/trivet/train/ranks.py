@@ -1,0 +1,160 @@
+"""Carries out a rank policy during training, in any `transformers.Trainer` (TRL's too)."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+from trivet.adapter.layers import Change, adapted_layers
+from trivet.adapter.plan import plan_of
+from trivet.adapter.resize import match, resize, tried
+from trivet.errors import AdapterError
+from trivet.probe import Collector
+from trivet.rank.policy import Situation, parameters
+from trivet.runfolder import write_json
+
+#: Beside a checkpoint's adapter while ranks still change: the policy's decisions, and its measurements.
+STATE, MOMENTS = "rank_state.json", "rank_state.safetensors"
+
+
+class RankCallback(TrainerCallback):  # type: ignore[misc]
+    """Measures, decides and resizes; does nothing where the ranks are fixed.
+
+    >>> trainer = SFTTrainer(model=model, callbacks=[trivet.callback(model)], optimizers=(optimizer, None), ...)
+
+    A change of rank makes earlier validations incomparable, so the best checkpoint is looked for anew after it.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        validation: Callable[[], torch.Tensor] | None = None,
+        items: Callable[[], int] | None = None,
+    ) -> None:
+        """
+        Args:
+            model: what `trivet.attach` returned.
+            validation: the loss of each validation row as the model is now, (n,); rank `auto` chooses by it.
+            items: supervised items of the step under way; default: positions that have a gradient.
+        """
+        self.model, self.policy = model, plan_of(model).policy
+        self.validation, self.items = validation, items
+        self.collector: Collector | None = None
+        #: Seconds spent on measuring (hooks aside), deciding and resizing.
+        self.seconds = 0.0
+        self._restored: Mapping[str, torch.Tensor] | None = None
+        self._measuring = False
+
+    @property
+    def parameters(self) -> int:
+        """The numbers that the adapter's factors hold now."""
+        return parameters(adapted_layers(self.model))
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What a checkpoint needs of us to be whole."""
+        return (STATE, MOMENTS) if self.policy.moving else ()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not self.policy.settled(state.global_step, state.max_steps):
+            layers = adapted_layers(self.model)
+            self.collector = Collector(layers, sketch=self.policy.sketch, seed=args.seed, decay=0.95)
+            if self._restored:
+                self.collector.load_state_dict(self._restored)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.collector is not None and self.policy.measures(state.global_step, state.max_steps):
+            self.collector.on()
+            self._measuring = True
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.collector is not None:
+            began = time.perf_counter()
+            if self._measuring:
+                self.collector.off()
+                self.collector.fold(None if self.items is None else self.items())
+                self._measuring = False
+            self.policy.observe(adapted_layers(self.model))
+            self.seconds += time.perf_counter() - began
+
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        if self.collector is None:
+            return
+        began = time.perf_counter()
+        if self.policy.due(state.global_step, state.max_steps):
+            self._decide(state, optimizer)
+        if self.policy.settled(state.global_step, state.max_steps):
+            self._stop()
+        self.seconds += time.perf_counter() - began
+
+    def _decide(self, state: Any, optimizer: Any) -> None:
+        assert self.collector is not None  # noqa: S101
+        now = Situation(
+            step=state.global_step,
+            total=state.max_steps,
+            layers=adapted_layers(self.model),
+            statistics=self.collector.statistics(),
+            validation=None if self.validation is None else self._after,
+        )
+        changes = self.policy.decide(now)
+        if changes:
+            resize(self.model, changes, optimizer)
+            self.collector.drop([name for name, change in changes.items() if change.rank == 0])
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
+    def _after(self, changes: Mapping[str, Change]) -> torch.Tensor:
+        """The validation losses as they would be after `changes`."""
+        assert self.validation is not None  # noqa: S101 - else nobody was given this method
+        with tried(adapted_layers(self.model), changes):
+            return self.validation()
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero and self.files:
+            self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self.collector is not None:
+            self.collector.remove()
+            self.collector = None
+
+    # -- checkpoints -----------------------------------------------------------------------------------------
+
+    def save(self, checkpoint: Path) -> None:
+        """Put the policy's state beside a checkpoint's adapter."""
+        state = self.policy.state_dict()
+        tensors = {f"policy/{k}": v.contiguous() for k, v in state.items() if isinstance(v, torch.Tensor)}
+        if self.collector is not None:
+            tensors |= {f"moments/{k}": v.contiguous() for k, v in self.collector.state_dict().items()}
+        save_file(tensors, checkpoint / MOMENTS)
+        write_json(checkpoint / STATE, {k: v for k, v in state.items() if not isinstance(v, torch.Tensor)})
+
+    def resume(self, checkpoint: Path) -> None:
+        """Give model and policy the shapes and state of a checkpoint; call it before `trainer.train(resume_…)`."""
+        try:
+            with safe_open(checkpoint / "adapter_model.safetensors", framework="pt") as file:
+                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            match(self.model, shapes)
+            if (checkpoint / STATE).exists():
+                tensors = load_file(checkpoint / MOMENTS)
+                state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+                state |= {k.removeprefix("policy/"): v for k, v in tensors.items() if k.startswith("policy/")}
+                self.policy.load_state_dict(state)
+                self._restored = {k.removeprefix("moments/"): v for k, v in tensors.items() if k.startswith("moments/")}
+        except (OSError, ValueError, KeyError) as error:
+            raise AdapterError(f"checkpoint {checkpoint}: its ranks can't be read: {error}") from error
+
+
+#: `trivet.callback(model)`: for any Trainer.
+callback = RankCallback

@@ -1,0 +1,173 @@
+"""Rank policies in real runs of a tiny model: budgets, schedules, and what stays."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from conftest import colour_rows, save_tiny, tiny_model, write_jsonl
+from trivet.adapter.attach import attach
+from trivet.adapter.layers import adapted_layers
+from trivet.adapter.plan import plan_of
+from trivet.configio import load
+from trivet.errors import ConfigError
+from trivet.rank.policy import Situation, parameters
+from trivet.rank.squeeze import Squeeze
+from trivet.run import Outcome, train
+
+
+@given(st.integers(2, 3000), st.floats(0, 1), st.floats(0, 1))
+def test_the_schedule_ends_at_the_target_and_never_rises(total: int, one: float, other: float) -> None:
+    policy = Squeeze(8, begin=min(one, other), end=max(one, other), target=100, wide=1000)
+    first, last = policy._span(total)
+    assert 1 <= first <= last
+    allowed = [policy.allowance(step, total) for step in range(total + 1)]
+    assert allowed[last:] == [100] * (total + 1 - last)
+    assert all(a >= b >= 100 for a, b in itertools.pairwise(allowed)) and allowed[0] <= 1000
+    due = [step for step in range(1, total + 1) if policy.due(step, total)]
+    assert due[-1] == last and all(first <= step <= last for step in due)
+    assert not policy.settled(last - 1, total) and policy.settled(last, total)
+
+
+def test_begin_after_end_is_refused() -> None:
+    with pytest.raises(ConfigError, match="begin"):
+        Squeeze(8, begin=0.7, end=0.3)
+
+
+def run(place: Path, rank: Any, *, rows: Any = None, **settings: Any) -> Outcome:
+    values = {
+        "model.name": str(place / "llama"),
+        "model.lora_rank": 2,
+        "data.train": str(write_jsonl(place / "train.jsonl", rows or colour_rows(48))),
+        "data.validation": 0.25,
+        "output_dir": str(place / "run"),
+        "method": {"rank": rank},
+        "model.dtype": "float32",
+        "model.device": "cpu",
+        "training.batch_size": 4,
+        "training.learning_rate": 1e-2,
+        "training.max_steps": 40,
+        "evaluation.generate": False,
+        "evaluation.resamples": 10,
+    }
+    return train(load(values=values | settings), overwrite=True, console=Console(quiet=True))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("llama", tmp_path_factory.mktemp("model") / "llama", initializer_range=0.3)
+
+
+@pytest.fixture
+def place(tmp_path: Path, model: Path) -> Path:
+    (tmp_path / "llama").symlink_to(model)
+    return tmp_path
+
+
+PLAIN = 2 * 2 * (4 * 64 + 3 * 96)  # rank 2, 2 blocks, 4 square projections of 32 and 3 of 32 x 64
+
+
+@pytest.mark.parametrize("name", ["squeeze", "uniform_squeeze", "adalora", "grow"])
+def test_the_budget_is_kept_and_the_loss_falls(place: Path, name: str) -> None:
+    outcome = run(place, {"name": name, "start_rank": 8})
+    result = outcome.result
+    assert result["adapter_parameters"] <= PLAIN
+    assert result["adapter_parameters"] == sum(
+        t.numel() for layer in adapted_layers(outcome.session.model) for t in layer.trained()
+    )
+    decided = [row for row in result["rank_history"] if "ranks" in row]
+    policy = plan_of(outcome.session.model).policy
+    assert isinstance(policy, Squeeze)
+    for row in decided:
+        assert row["parameters"] <= policy.allowance(row["step"], 40)
+    assert decided[-1]["ranks"] == {n: decided[-1]["ranks"][n] for n in decided[-1]["ranks"]}
+    assert {n: r for n, r in decided[-1]["ranks"].items() if r} == result["ranks"]
+    assert result["metrics"]["tuned"]["loss"] < 0.5 * result["metrics"]["base"]["loss"]
+    assert result["best_step"] >= decided[-1]["step"]  # an earlier one would be over the budget
+
+
+def test_squeezing_to_nothing_leaves_one_direction(place: Path) -> None:
+    outcome = run(place, {"name": "squeeze", "budget": 1, "start_rank": 4})
+    assert list(outcome.result["ranks"].values()) == [1]
+    assert (place / "run" / "adapter" / "adapter_model.safetensors").stat().st_size < 2000
+
+
+def test_a_budget_that_is_not_exceeded_drops_nothing(place: Path) -> None:
+    outcome = run(place, {"name": "squeeze", "budget": "r2-equivalent", "start_rank": 2})
+    plain = run(place, "fixed")
+    assert set(outcome.result["ranks"].values()) == {2}
+    assert outcome.result["adapter_parameters"] == plain.result["adapter_parameters"] == PLAIN
+
+
+def test_a_squeeze_that_drops_nothing_is_no_change() -> None:
+    model = attach(
+        tiny_model("llama", 64), lora_rank=4, method={"rank": {"name": "squeeze", "metric": "plain", "start_rank": 4}}
+    )
+    policy = plan_of(model).policy
+    assert isinstance(policy, Squeeze)
+    layers = adapted_layers(model)
+    assert policy.squeeze(Situation(5, 10, layers), parameters(layers)) == {}
+
+
+def test_planned_spends_its_budget_on_what_the_probe_found(place: Path) -> None:
+    outcome = run(place, {"name": "planned", "budget": "r2-equivalent"})
+    ranks = outcome.result["ranks"]
+    assert 0.95 * PLAIN < outcome.result["adapter_parameters"] <= PLAIN
+    assert len(set(ranks.values())) > 1 and max(ranks.values()) <= 8
+    assert outcome.result["metrics"]["tuned"]["loss"] < outcome.result["metrics"]["base"]["loss"]
+
+
+def test_a_pattern_is_followed() -> None:
+    model = attach(
+        tiny_model("llama", 64), lora_rank=3, method={"rank": {"name": "pattern", "ranks": {"q_proj": 5, "mlp": 0}}}
+    )
+    ranks = {layer.name: layer.rank for layer in adapted_layers(model)}
+    assert {r for n, r in ranks.items() if "q_proj" in n} == {5}
+    assert {r for n, r in ranks.items() if "q_proj" not in n} == {3} and not any("mlp" in n for n in ranks)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [
+        ({"nothing": 2}, "fits no adapted layer"),
+        ({"(": 2}, "no regular expression"),
+        ({".": 0}, "nothing would be trained"),
+    ],
+)
+def test_a_pattern_that_makes_no_sense(ranks: dict[str, int], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        attach(tiny_model("llama", 64), method={"rank": {"name": "pattern", "ranks": ranks}})
+
+
+def test_auto_measures_at_most_eight_budgets_and_keeps_the_smallest_good_one(place: Path) -> None:
+    outcome = run(place, {"name": "auto", "start_rank": 4})
+    tried = next(row for row in outcome.result["rank_history"] if "tried" in row)
+    assert len(tried["tried"]) <= 8
+    best = min(tried["tried"].values())
+    chosen = {int(k): v for k, v in tried["tried"].items()}.get(tried["budget"], best)
+    assert chosen - best <= max(0.2, 0.02 * (max(tried["tried"].values()) - best))
+    assert outcome.result["adapter_parameters"] <= max(tried["budget"], 96)
+
+
+def test_auto_needs_validation_rows(place: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.validation"):
+        run(place, "auto", **{"data.validation": None})
+
+
+def test_rank_aware_steps_are_on_with_varying_ranks_and_can_be_switched_off() -> None:
+    for rank, on in (
+        ("fixed", False),
+        ("squeeze", True),
+        ("planned", True),
+        ({"name": "squeeze", "rank_aware_step": False}, False),
+    ):
+        batch = {"input_ids": torch.arange(2, 14).reshape(1, 12), "labels": torch.arange(2, 14).reshape(1, 12)}
+        model = attach(tiny_model("llama", 64), method={"rank": rank}, batches=[batch])
+        assert plan_of(model).policy.rank_aware_step is on
