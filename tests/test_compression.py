@@ -497,3 +497,18 @@ def test_an_adapter_that_does_not_name_its_base(tiny: Any, tmp_path: Path) -> No
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": None}))
     with pytest.raises(AdapterError, match="pass --base-model"):
         compress_adapter(made, 900)
+
+
+def test_a_classifier_made_elsewhere_has_as_many_classes_as_its_head_outputs(tiny: Any, tmp_path: Path) -> None:
+    two = opened("bert", tiny("bert"), made_elsewhere("bert", tiny("bert"), tmp_path / "two"))
+    assert (two.base.task, two.base.labels) == ("classification", ("0", "1"))
+    torch.manual_seed(7)
+    base = hf.AutoModelForSequenceClassification.from_pretrained(tiny("bert"), num_labels=1)
+    get_peft_model(base, LoraConfig(target_modules=["query"], task_type="SEQ_CLS")).save_pretrained(tmp_path / "one")
+    one = opened("bert", tiny("bert"), tmp_path / "one")
+    assert (one.base.task, one.base.labels) == ("regression", None)
+    tensors = load_file(tmp_path / "one" / "adapter_model.safetensors")
+    headless = {key: tensor for key, tensor in tensors.items() if "lora_" in key}
+    save_file(headless, tmp_path / "one" / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="neither holds its head nor names its classes"):
+        opened("bert", tiny("bert"), tmp_path / "one")

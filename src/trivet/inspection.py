@@ -180,7 +180,7 @@ def inspect_adapter(folder: str | Path, *, base_model: str | None = None) -> Ins
         remarks.append("a DoRA adapter: the figures are of its direction's update B A, not of its magnitudes")
     if rest:
         remarks.append(f"saved whole beside the updates: {', '.join(_parts(rest))}")
-    named = base_model or config.base_model_name_or_path or read_notes(path).get("base_model") or ""
+    named = base_model or read_notes(path).get("base_model") or config.base_model_name_or_path or ""
     return Inspection(str(path), str(named), report(layers, gone), sum(rest.values()), size, remarks)
 
 

@@ -62,6 +62,7 @@ PARTS: dict[str, dict[str, Part]] = {
             "Meng et al. 2024 (PiSSA), arXiv 2404.02948",
             "one randomised SVD a layer; the forward pass of rank 2 r",
             "trivet.decompose.principal:start",
+            traits=("offset",),
         ),
         "cur": Part(
             "a trained r x r core between columns and rows of W, chosen by pivoted QR",
@@ -184,7 +185,11 @@ PARTS: dict[str, dict[str, Part]] = {
                 Option("beta2", 0.85, "smoothing of the uncertainty", "share"),
             ),
             traits=("varying",),
-            refuses={**_NO_MAGNITUDE, "core": "its scores are of the pairs of A and B, which are frozen"},
+            refuses={
+                **_NO_MAGNITUDE,
+                "core": "its scores are of the pairs of A and B, which are frozen",
+                "offset": "half of an offset's directions are frozen and have no gradient to score; use squeeze",
+            },
         ),
     },
     "update": {

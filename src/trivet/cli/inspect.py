@@ -97,7 +97,7 @@ def _layer(x: LayerReport) -> tuple[str, ...]:
 
 
 def table(rows: Sequence[Sequence[str]], width: int = _WIDTH) -> None:
-    """Columns, the first to the left and the others to the right; a first cell that does not fit loses its beginning."""
+    """Columns, the first to the left, the others to the right; a first cell that does not fit loses its beginning."""
     others = [max(len(row[i]) for row in rows) for i in range(1, len(rows[0]))]
     room = min(max(len(row[0]) for row in rows), width - sum(others) - 2 * len(others))
     for row in rows:

@@ -36,7 +36,7 @@ class Grow(Squeeze):
             for layer in now.layers:
                 _, sigma, v = now.statistics[layer.name].gradient(1)
                 cost = float(sum(layer.shape))
-                if len(sigma) and layer.rank < min(layer.shape):
+                if len(sigma) and layer.form == "plain" and layer.rank < min(layer.shape):
                     gain = 0.5 * float(sigma[0]) ** 2
                     if gain > self.hysteresis * price * cost:
                         found[layer.name] = (gain / cost, cost, v[:, 0])
