@@ -28,6 +28,7 @@ from trivet.data.dataset import Dataset
 from trivet.data.encode import Encoded, Summary, encode_dataset
 from trivet.errors import ConfigError, TrivetError
 from trivet.evaluate.measure import Evaluation, Settings, write_predictions
+from trivet.pictures import rank_map, rank_path
 from trivet.result import build_result
 from trivet.runfolder import RunFolder, storage, write_json, write_text
 from trivet.session import Session, begin, check_format
@@ -160,6 +161,11 @@ def train(
     )
     if evaluation is not None and evaluation.predictions:
         write_text(folder.predictions, write_predictions(evaluation.predictions))
+    if ranks.policy.moving:
+        seen = [(row["step"], row["eval_loss"]) for row in trainer.state.log_history if "eval_loss" in row]
+        rank_map(result["ranks"], folder.rank_map)
+        rank_path(result["rank_history"], seen, folder.rank_path)
+        _say(console, f"ranks and their path drawn in {folder.rank_map} and {folder.rank_path.name}")
     write_json(folder.result, result)
     return Outcome(session, result, evaluation)
 

@@ -49,6 +49,14 @@ class RunFolder:
     def predictions(self) -> Path:
         return self.path / "predictions.jsonl"
 
+    @property
+    def rank_map(self) -> Path:
+        return self.path / "ranks.png"
+
+    @property
+    def rank_path(self) -> Path:
+        return self.path / "rank_path.png"
+
     def check_free(self, *, resume: bool, overwrite: bool) -> None:
         """Refuse to touch what is there, unless asked to; looks only, changes nothing.
 
@@ -84,7 +92,7 @@ class RunFolder:
         for folder in (self.adapter, self.checkpoints):
             if folder.exists():
                 shutil.rmtree(folder)
-        for file in (self.config, self.log, self.result, self.predictions):
+        for file in (self.config, self.log, self.result, self.predictions, self.rank_map, self.rank_path):
             file.unlink(missing_ok=True)
         if self.path.is_dir() and not any(self.path.iterdir()):
             self.path.rmdir()

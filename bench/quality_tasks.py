@@ -1,0 +1,293 @@
+"""What `bench/quality.py` compares: the tasks with their rows, the methods with their trials, PEFT's own AdaLoRA."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+#: Splits and the choice of training rows are the same for every run; only starts and row order follow a run's seed.
+SPLIT_SEED = 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task. Where `test` is the only other file and small, validation rows are held out of train; see `splits`.
+
+    `rates` are the three learning rates around plain LoRA's best one; a method's own are these times its factor.
+    """
+
+    name: str
+    title: str
+    base: str
+    dtype: str
+    train: str
+    test: str
+    held_out: str  # validation rows come from: train (a tenth, at most 500) or test (half of it, by prompt)
+    steps: int
+    batch_size: int
+    max_length: int
+    metric: str
+    rates: tuple[float, ...]
+    train_rows: int | None = None
+    test_rows: int | None = None
+
+    @property
+    def labelled(self) -> bool:
+        return self.held_out == "train"
+
+
+_RATES = (1.5e-3, 3e-3, 6e-3)
+
+
+def _encoder(
+    name: str, title: str, files: tuple[str, str], metric: str, steps: int, rates: tuple[float, ...] = _RATES
+) -> Task:
+    title = f"{title} (MiniLM-L6)"
+    return Task(name, title, "demo-encoder", "bfloat16", *files, "train", steps, 16, 128, metric, rates, None, 1000)
+
+
+def _writer(name: str, title: str, files: tuple[str, str]) -> Task:
+    title = f"{title} (SmolLM2-135M)"
+    return Task(name, title, "demo", "bfloat16", *files, "test", 50, 8, 160, "token_accuracy", _RATES, 2000, 200)
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        _encoder("trec", "TREC", ("cls_trec_train.jsonl", "cls_trec_test.jsonl"), "accuracy", 150),
+        _encoder("sst2", "SST-2", ("cls_sst2_train.jsonl", "cls_sst2_test.jsonl"), "accuracy", 100),
+        _encoder(
+            "banking",
+            "Banking77",
+            ("cls_banking77_train.jsonl", "cls_banking77_test.jsonl"),
+            "accuracy",
+            150,
+            (3e-3, 6e-3, 1.2e-2),
+        ),
+        _writer("e2e", "E2E", ("d2t_e2e_train.jsonl.gz", "d2t_e2e_valid.jsonl")),
+        _writer("snips", "SNIPS", ("extract_snips_train.jsonl", "extract_snips_test.jsonl")),
+        _encoder("cola", "CoLA", ("cls_cola_train.jsonl", "cls_cola_dev.jsonl"), "matthews", 150),
+        _encoder("rte", "RTE", ("pair_rte_train.jsonl", "pair_rte_dev.jsonl"), "accuracy", 40),
+    )
+}
+#: In runs this short MiniLM learns nothing of CoLA and RTE, so that they can't tell methods apart: 300 steps of CoLA at
+#: 1e-3, 3e-3 and 1e-2 all end at the majority class (a Matthews correlation of 0), 100 steps of RTE at chance.
+DEFAULT_TASKS = ("trec", "sst2", "banking", "e2e", "snips")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method to compare. `method` is what a config's `method` takes, or None for PEFT's own AdaLoRA.
+
+    `factor` moves its learning rates from the task's towards where the method's own paper has them; every candidate
+    has as many of them. `scales` (alpha / r) are tried as well where there is more than one.
+    """
+
+    name: str
+    method: Any
+    rank: int
+    factor: float = 1.0
+    scales: tuple[float, ...] = (2.0,)
+
+    def trials(self, task: Task) -> list[tuple[float, float]]:
+        """(learning rate, scale) of each trial, the middle rate first."""
+        rates = sorted(task.rates, key=lambda rate: abs(rate - sorted(task.rates)[len(task.rates) // 2]))
+        return [(float(f"{rate * self.factor:.3g}"), scale) for rate, scale in itertools.product(rates, self.scales)]
+
+    @property
+    def varying(self) -> bool:
+        """Whether its ranks change or differ, so that they are worth reporting."""
+        return self.method is None or (isinstance(self.method, dict) and "rank" in self.method) or self.name == "auto"
+
+
+def _budgeted(policy: str, rank: int) -> Candidate:
+    return Candidate(f"{policy}-r{rank}", {"rank": {"name": policy, "budget": f"r{rank}-equivalent"}}, rank)
+
+
+#: Ablations change one leg of plain LoRA at r = 4; `zero` and `adamw` are plain LoRA itself. Rates' factors: PiSSA's
+#: authors train at a tenth of LoRA's rate, LoRA+ steps B 16 times as far as A, a core has few and large entries.
+_DECOMPOSE = {"orthogonal": 1.0, "gradient": 1.0, "activation": 1.0, "principal": 1 / 3, "dora": 1.0}
+_CORES = {"core": 3.0, "cur": 3.0}
+_UPDATE = {
+    "lora_plus": 1 / 3, "preconditioned": 1.0, "equivariant": 1.0, "pro": 1.0, "muon": 1.0, "frozen_a": 3.0,
+}  # fmt: skip
+
+CANDIDATES: dict[str, Candidate] = {
+    candidate.name: candidate
+    for candidate in (
+        *(Candidate(f"lora-r{rank}", "lora", rank) for rank in (4, 2, 1, 8, 16)),
+        *(_budgeted(policy, rank) for rank in (4, 2) for policy in ("squeeze", "uniform_squeeze", "planned")),
+        Candidate("auto", "auto", 8),
+        *(_budgeted("adalora", rank) for rank in (4, 2)),
+        *(Candidate(f"peft_adalora-r{rank}", None, rank, 3.0, (2.0, 8.0)) for rank in (4, 2)),
+        *(Candidate(f"decompose-{name}", {"decompose": name}, 4, factor) for name, factor in _DECOMPOSE.items()),
+        *(Candidate(f"decompose-{name}", {"decompose": name}, 16, factor) for name, factor in _CORES.items()),
+        *(Candidate(f"update-{name}", {"update": name}, 4, factor) for name, factor in _UPDATE.items()),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A task's base model and rows, read and encoded once; every run of a process uses them."""
+
+    task: Task
+    base: Any
+    encoder: Any
+    data: dict[str, Any]
+    splits: Any
+    train_rows: list[Any]
+    validation_rows: list[Any]
+    summary: Any
+
+
+def load_task(task: Task, folder: Path) -> Loaded:
+    """Read `task` from the data in `folder`."""
+    from trivet.data.encode import encode_dataset
+    from trivet.model import load_base
+    from trivet.session import class_names, make_encoder
+
+    parts = splits(task, folder)
+    labels = class_names(parts.train, "auto")
+    base = load_base(task.base, data_format=parts.train.format, labels=labels, dtype=task.dtype, device="cpu")
+    data = {"max_length": task.max_length, "chat_template": "none", "loss_on": "responses"}
+    encoder = make_encoder(base, data)
+    train_rows, summary = encode_dataset(parts.train, encoder)
+    return Loaded(task, base, encoder, data, parts, train_rows, encode_dataset(parts.validation, encoder)[0], summary)
+
+
+def splits(task: Task, folder: Path) -> Any:
+    """Train, validation and test rows of `task`, the same for every run.
+
+    Held out of train: a tenth of it, at most 500 rows; the test file is the test set. Held out of test: the rows of
+    one half of its prompts validate, those of the other half test, so that no prompt is in both.
+    """
+    from trivet.data.dataset import load_dataset
+    from trivet.splits import Splits
+
+    train = load_dataset(str(folder / task.train))
+    test = load_dataset(str(folder / task.test), format=train.format)
+    if task.held_out == "train":
+        train, validation = train.split(min(500, len(train) // 10), SPLIT_SEED)
+    else:
+        prompts = sorted({str(e.prompt) for e in test})
+        random.Random(SPLIT_SEED).shuffle(prompts)
+        chosen = set(prompts[: len(prompts) // 2])
+        halves = [replace(test, examples=[e for e in test if (e.prompt in chosen) is side]) for side in (True, False)]
+        validation, test = halves
+    rest = {"validation": validation, "test": test}
+    return Splits(
+        train.shuffled(SPLIT_SEED).take(task.train_rows),
+        **{name: rows.shuffled(SPLIT_SEED).take(task.test_rows) for name, rows in rest.items()},
+    )
+
+
+def targets(loaded: Loaded) -> list[str]:
+    """Every layer that all-linear adapts."""
+    import torch
+
+    model, parts = loaded.base.model, heads(loaded)
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not output and name.split(".")[0] not in parts
+    ]
+
+
+def heads(loaded: Loaded) -> list[str]:
+    """The parts that are trained whole."""
+    from trivet.model import head_names
+
+    return [*(head_names(loaded.base.model) if loaded.task.labelled else ()), *loaded.base.fresh]
+
+
+# -- PEFT's own AdaLoRA ----------------------------------------------------------------------------------------
+
+
+def attach_peft_adalora(loaded: Loaded, candidate: Candidate, seed: int, scale: float) -> Any:
+    """From 1.5 times the target rank, as in the paper; tinit and tfinal are where trivet's own policies begin and end.
+
+    PEFT divides alpha by the first rank for good, so `scale` is what it says from start to end.
+    """
+    import torch
+    from peft import AdaLoraConfig, TaskType, get_peft_model
+
+    from trivet.adapter.attach import quiet_peft
+    from trivet.adapter.plan import Plan
+    from trivet.methods import find_method
+    from trivet.rank.fixed import Fixed
+
+    torch.manual_seed(seed)
+    first, steps, parts = -(-3 * candidate.rank // 2), loaded.task.steps, heads(loaded)
+    config = AdaLoraConfig(
+        init_r=first,
+        target_r=candidate.rank,
+        lora_alpha=scale * first,
+        tinit=steps // 10,
+        tfinal=steps - steps * 6 // 10,
+        deltaT=max(1, steps // 60),
+        total_step=steps,
+        task_type=TaskType.SEQ_CLS if loaded.task.labelled else TaskType.CAUSAL_LM,
+        target_modules="all-linear",
+        modules_to_save=parts or None,
+        exclude_modules=rf"(.*\.)?({'|'.join(parts)})(\..*)?" if parts else None,
+    )
+    with quiet_peft():
+        model = get_peft_model(loaded.base.model, config)
+    model.trivet = Plan(find_method("lora"), Fixed(candidate.rank))  # trivet itself changes nothing
+    return model
+
+
+def follow_adalora(trainer: Any, model: Any) -> None:
+    """What PEFT leaves to the caller of AdaLoRA: the allocation after each step, the orthogonality term of the loss.
+
+    PEFT adds that term in its forward pass where labels are given; our Trainer computes the loss outside of it.
+    """
+    if not is_adalora(model):
+        return
+    import torch
+    from transformers import TrainerCallback
+
+    class Allocate(TrainerCallback):
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            model.base_model.update_and_allocate(state.global_step)
+
+    task_loss = trainer.compute_loss_func
+
+    def loss(outputs: Any, labels: Any, **rest: Any) -> Any:
+        return task_loss(outputs, labels, **rest) + orthogonality(model)
+
+    trainer.compute_loss_func = loss
+    trainer.add_callback(Allocate())
+    trainer.optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=trainer.args.learning_rate, weight_decay=0.0
+    )
+
+
+def orthogonality(model: Any) -> Any:
+    """How far AdaLoRA's factors are from orthonormal, as `AdaLoraModel.forward` adds it to a loss of its own."""
+    import torch
+
+    factors = [(name, p) for name, p in model.named_parameters() if "lora_A" in name or "lora_B" in name]
+    grams = [p @ p.T if "lora_A" in name else p.T @ p for name, p in factors]
+    norms = [torch.linalg.norm(gram - torch.eye(len(gram), device=gram.device)) for gram in grams]
+    return model.peft_config["default"].orth_reg_weight * sum(norms) / len(norms)
+
+
+def is_adalora(model: Any) -> bool:
+    return hasattr(model.peft_config["default"], "target_r")
+
+
+def masked_parameters(model: Any) -> int:
+    """What AdaLoRA has masked: PEFT keeps the tensors but leaves them out when it saves."""
+    masks = model.peft_config["default"].rank_pattern if is_adalora(model) else None
+    tensors = dict(model.base_model.model.named_parameters())
+    return sum(
+        mask.count(False)
+        * (1 + tensors[name.replace("_E", "_A")].shape[1] + tensors[name.replace("_E", "_B")].shape[0])
+        for name, mask in (masks or {}).items()
+    )

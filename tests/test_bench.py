@@ -1,0 +1,232 @@
+"""The evidence harness in bench/: runs that can be interrupted, seeds that are paired, tables that say what was run."""
+
+from __future__ import annotations
+
+import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import colour_rows, write_jsonl
+from trivet.data.batch import Collator
+from trivet.methods import find_method
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+
+import quality
+import quality_table
+import quality_tasks
+from quality_tasks import CANDIDATES, TASKS, Candidate, Task
+
+LORA, WIDE = Candidate("lora-r2", "lora", 2), Candidate("lora-r4", "lora", 4)
+SQUEEZE = Candidate("squeeze-r1", {"rank": {"name": "squeeze", "budget": "r1-equivalent"}}, 1)
+ADALORA = Candidate("peft_adalora-r2", None, 2)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of two classes for an encoder, and prompts with several answers for a decoder."""
+    folder = tmp_path_factory.mktemp("bench")
+    words = ["the cat sat", "the dog ran", "the sky is blue", "the grass is green"]
+    labelled = [{"text": f"{words[i % 4]} {i}", "label": "animal" if i % 4 < 2 else "colour"} for i in range(60)]
+    write_jsonl(folder / "cls_train.jsonl", labelled)
+    write_jsonl(folder / "cls_test.jsonl", labelled[:12])
+    written = [{"prompt": f"name : {i % 9}", "completion": f"it is {i}"} for i in range(36)]
+    write_jsonl(folder / "train.jsonl", colour_rows(20))
+    write_jsonl(folder / "test.jsonl", written)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def task(tiny: Any) -> Task:
+    rates = (1e-3, 1e-2, 3e-2)
+    files = ("cls_train.jsonl", "cls_test.jsonl")
+    return Task("tiny", "Tiny", str(tiny("bert")), "float32", *files, "train", 8, 4, 32, "accuracy", rates)
+
+
+@pytest.fixture(scope="module")
+def loaded(task: Task, place: Path) -> Any:
+    return quality_tasks.load_task(task, place)
+
+
+# -- runs ------------------------------------------------------------------------------------------------------
+
+
+def test_interrupted_work_goes_on_where_it_stopped(task: Task, place: Path, tmp_path: Path) -> None:
+    results = tmp_path / "quality.jsonl"
+    assert quality.compare(task, [LORA], [0, 1], place, results, deadline=0.0) == 0
+    assert not results.exists()  # no time left: no run was started
+    quality.compare(task, [LORA], [0, 1], place, results)
+    lines = results.read_text().splitlines(keepends=True)
+    first = quality_table.read(results)
+    assert len(lines) == 4  # three rates with seed 0, the best of them with seed 1
+    best = min((row for row in first.values() if row["seed"] == 0), key=lambda row: row["validation"]["loss"])
+    assert [row["learning_rate"] for row in first.values() if row["seed"] == 1] == [best["learning_rate"]]
+
+    results.write_text(lines[0] + lines[1][:40])  # killed while it wrote
+    quality.compare(task, [LORA], [0, 1], place, results)
+    assert len(results.read_text().splitlines()) == 5  # what was done anew stands on lines of its own
+    again = quality_table.read(results)
+    assert again.keys() == first.keys()
+    for which, row in first.items():
+        assert again[which]["validation"] == row["validation"], which
+        assert again[which]["test"] == row["test"], which
+    size = results.stat().st_size
+    quality.compare(task, [LORA], [0, 1], place, results)
+    assert results.stat().st_size == size
+
+
+def test_no_run_depends_on_the_ones_before(loaded: Any) -> None:
+    base = quality.fingerprint(loaded)
+    first = quality.run(loaded, LORA, 1, 1e-2, 2.0)
+    squeezed = quality.run(loaded, SQUEEZE, 1, 1e-2, 2.0)
+    quality.run(loaded, ADALORA, 2, 1e-2, 2.0)
+    again = quality.run(loaded, LORA, 1, 1e-2, 2.0)
+    assert (first["validation"], first["test"]) == (again["validation"], again["test"])
+    assert first["validation"] != quality.run(loaded, LORA, 3, 1e-2, 2.0)["validation"]
+    quality.start_heads(loaded, 1)
+    at_one = quality.fingerprint(loaded)
+    assert {name for name in base if base[name] != at_one[name]} <= {"classifier.weight", "classifier.bias"}
+    assert squeezed["ranks"]["layers"] == len(quality_tasks.targets(loaded)) == 13
+    assert first["adapter_parameters"] == first["trainable_parameters"] - 2 * 33  # the head of 32 inputs and a bias
+    assert squeezed["adapter_parameters"] <= first["adapter_parameters"] / 2
+
+
+def test_a_seed_gives_every_method_the_same_head(loaded: Any) -> None:
+    head = loaded.base.model.get_submodule("classifier")
+    quality.start_heads(loaded, 1)
+    start = head.weight.clone()
+    quality.start_heads(loaded, 2)
+    assert not torch.equal(head.weight, start)
+    quality.run(loaded, WIDE, 1, 3e-2, 2.0)
+    assert torch.equal(loaded.base.model.get_submodule("classifier").weight, start)
+
+
+def test_only_a_run_that_may_be_chosen_looks_at_the_test_rows(loaded: Any) -> None:
+    seen = quality.run(loaded, LORA, 0, 1e-2, 2.0)
+    assert set(seen["test"]) == {"loss", "accuracy", "macro_f1", "matthews"}
+    assert quality.run(loaded, LORA, 0, 1e-2, 2.0, best=seen["validation"]["loss"])["test"] is None
+
+
+def test_a_rate_that_diverges_is_a_row(loaded: Any) -> None:
+    row = quality.run(loaded, LORA, 0, 1e30, 2.0)
+    assert "nan" in row["failed"] or "inf" in row["failed"]
+    assert row["validation"] is row["test"] is None
+    assert math.isfinite(quality.run(loaded, LORA, 0, 1e-3, 2.0)["validation"]["loss"])  # and harms nobody after it
+
+
+def test_peft_adalora_is_run_as_peft_means_it(loaded: Any) -> None:
+    quality.start_heads(loaded, 0)
+    model = quality_tasks.attach_peft_adalora(loaded, ADALORA, 0, 2.0)
+    batch = Collator(0)(loaded.train_rows[:4])
+    model.eval()
+    with torch.no_grad():
+        theirs = model(**batch)
+        ours = torch.nn.functional.cross_entropy(theirs.logits, batch["labels"]) + quality_tasks.orthogonality(model)
+    model.unload()
+    torch.testing.assert_close(ours, theirs.loss)
+    row = quality.run(loaded, ADALORA, 0, 1e-2, 2.0)
+    assert row["ranks"]["mean"] == 2  # the target, from 3 in every layer
+    assert row["ranks"]["least"] < 3 == row["ranks"]["most"]
+
+
+def test_lines_of_several_processes_do_not_mix(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    names = ("task", "method", "seed", "learning_rate", "scale", "steps")
+
+    def add(number: int) -> None:
+        quality_table.append(path, dict.fromkeys(names, number) | {"filling": "x" * 20_000})
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(add, range(100)))
+    assert len(quality_table.read(path)) == 100
+
+
+# -- what is compared ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("candidate", CANDIDATES.values(), ids=CANDIDATES)
+def test_every_method_exists_and_has_as_many_trials(candidate: Candidate) -> None:
+    if candidate.method is not None:
+        find_method(candidate.method)
+    for task in TASKS.values():
+        trials = candidate.trials(task)
+        assert len(set(trials)) == 3 * len(candidate.scales)
+        assert len(candidate.scales) == 1 or candidate.method is None
+
+
+def test_shards_share_the_work() -> None:
+    everything = list(CANDIDATES.values())
+    parts = [quality.shard(everything, f"{i}/3") for i in range(3)]
+    assert sorted(c.name for part in parts for c in part) == sorted(CANDIDATES)
+    with pytest.raises(SystemExit, match="counts from 0"):
+        quality.shard(everything, "2/2")
+
+
+def test_validation_and_test_share_no_prompt(place: Path) -> None:
+    task = Task(
+        "w", "W", "", "float32", "train.jsonl", "test.jsonl", "test", 1, 1, 32, "token_accuracy", (1.0,), 10, 12
+    )
+    parts = quality_tasks.splits(task, place)
+    assert (len(parts.train), len(parts.validation), len(parts.test)) == (10, 12, 12)
+    assert not {e.prompt for e in parts.validation} & {e.prompt for e in parts.test}
+    again = quality_tasks.splits(task, place)
+    assert parts.fingerprints() == again.fingerprints()
+
+
+# -- tables ----------------------------------------------------------------------------------------------------
+
+
+def rows_of(task: Task, candidate: Candidate, validation: dict[float, float], test: dict[int, float]) -> dict:
+    """Rows as if measured: validation loss by rate for seed 0, and test loss by seed at the best of these rates."""
+    best = min(validation, key=validation.__getitem__)
+    made = {}
+    for seed, rate in [*((0, rate) for rate in validation), *((seed, best) for seed in test if seed)]:
+        loss = test.get(seed)
+        row = {
+            "learning_rate": rate, "scale": 2.0, "seed": seed, "failed": None,
+            "adapter_parameters": 100 * candidate.rank,
+            "validation": {"loss": validation[rate], "accuracy": 0.5},
+            "test": {"loss": loss, "accuracy": 0.5} if rate == best and loss is not None else None,
+        }  # fmt: skip
+        made[quality_table.key(task, candidate, seed, rate, 2.0)] = row
+    return made
+
+
+def test_the_table_pairs_seeds_and_names_what_is_too_small(task: Task) -> None:
+    low, middle, high = task.rates
+    lora = rows_of(task, WIDE, {low: 0.5, middle: 0.3, high: 0.4}, {0: 0.30, 1: 0.34, 2: 0.32})
+    ours = rows_of(task, SQUEEZE, {low: 0.5, middle: 0.3, high: 0.2}, {0: 0.29, 1: 0.32, 2: 0.29, 9: 0.99})
+    text = quality_table.table(lora | ours, [task], [WIDE, SQUEEZE], [0, 1, 2])
+    line = next(line for line in text.splitlines() if line.startswith("| squeeze-r1 |"))
+    # differences -0.01, -0.02, -0.03: mean -0.02, half 4.3027 * 0.01 / sqrt(3)
+    assert "| -0.0200 [-0.0448, +0.0048] |" in line
+    assert "| 0.03 ↑ | 3 |" in line  # the rate of the lowest validation loss, the highest that was tried
+    assert "| lora-r4 × 0.25 |" in line
+    assert "| 0.3000 ± 0.0173 |" in line
+    plain = next(line for line in text.splitlines() if line.startswith("| lora-r4 |"))
+    assert "| 0.01 | 3 |" in plain
+    assert "| squeeze-r1 | -1.07 | n = 1: too small | 1 |" in text  # 0.02 over sqrt((0.02² + 0.0173²) / 2)
+
+    two = quality_table.table(lora | ours, [task], [WIDE, SQUEEZE], [0, 1])
+    assert "-0.0150 (n = 2: too small)" in two
+
+
+def test_an_interval_is_students() -> None:
+    assert quality_table.interval([1.0, 2.0, 4.0, 5.0]) == pytest.approx((3.0, 3.182446 * math.sqrt(10 / 3) / 2))
+    assert quality_table.interval([1.0]) == (1.0, math.inf)
+
+
+def test_check_lists_what_is_missing(task: Task) -> None:
+    low, middle, high = task.rates
+    whole = rows_of(task, WIDE, {low: 0.5, middle: 0.3, high: 0.4}, {0: 0.3, 1: 0.3})
+    assert quality_table.check(whole, [task], [WIDE], [0, 1]) == []
+    assert quality_table.check(whole, [task], [WIDE], [0, 1, 2]) == ["tiny lora-r4: seeds 2 missing"]
+    assert quality_table.next_run(whole, task, WIDE, [0, 1, 2]) == (2, middle, 2.0)
+    del whole[quality_table.key(task, WIDE, 0, high, 2.0)]
+    assert quality_table.check(whole, [task], [WIDE], [0]) == ["tiny lora-r4: 1 of 3 trials missing"]
+    assert quality_table.next_run(whole, task, WIDE, [0]) == (0, high, 2.0)
