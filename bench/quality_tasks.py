@@ -51,7 +51,9 @@ def _encoder(
 
 def _writer(name: str, title: str, files: tuple[str, str]) -> Task:
     title = f"{title} (SmolLM2-135M)"
-    return Task(name, title, "demo", "bfloat16", *files, "test", 50, 8, 160, "token_accuracy", _RATES, 2000, 200)
+    return Task(
+        name, title, "demo", "bfloat16", *files, "test", 50, 8, 160, "token_accuracy", (3e-3, 6e-3, 1.2e-2), 2000, 100
+    )
 
 
 TASKS: dict[str, Task] = {

@@ -1,6 +1,6 @@
 """The pages say what is: configs load, commands parse, links lead somewhere, examples are what they are said to be.
 
-`python tests/test_docs.py` writes the generated parts of docs/configuration.md anew.
+`python tests/test_docs.py` writes the generated parts of docs/configuration.md and docs/methods.md anew.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import itertools
 import json
 import re
 import shlex
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,19 @@ import pytest
 import typer
 import yaml
 
+from conftest import colour_rows, save_tiny, tiny_model, write_jsonl
 from trivet.cli.app import build, split_arguments
 from trivet.config import ALIASES, FORMATS
 from trivet.configio import keys, load, sections, template
 from trivet.data import load_dataset
 from trivet.data.read import SUFFIXES
+from trivet.legs import LEGS, Option
+from trivet.methods import METHODS
+from trivet.parts import PARTS
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGURATION = ROOT / "docs" / "configuration.md"
+METHODS_PAGE = ROOT / "docs" / "methods.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COMMANDS: dict[str, Any] = typer.main.get_command(build()).commands  # type: ignore[attr-defined]
 
@@ -39,7 +45,7 @@ def blocks(page: Path, *languages: str) -> list[str]:
     return [content for language, content in found if language in languages]
 
 
-def generated() -> str:
+def every_key() -> str:
     """What docs/configuration.md says after its heading "Every key"."""
     rows = [f"| `{alias}` | `{key}` |" for alias, key in ALIASES.items()]
     return "\n".join(
@@ -64,10 +70,98 @@ def generated() -> str:
     )
 
 
-def test_the_page_of_every_key_is_up_to_date() -> None:
-    before, heading, _ = CONFIGURATION.read_text(encoding="utf-8").partition("## Every key\n")
-    assert heading
-    assert CONFIGURATION.read_text(encoding="utf-8") == before + generated(), "run: python tests/test_docs.py"
+def table(head: str, rows: Iterable[Iterable[str]]) -> list[str]:
+    """A Markdown table; `head` is its first line, "a | b"."""
+    lines = [head, " | ".join("---" for _ in head.split(" | "))]
+    lines += [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]
+    return [*(re.sub(r"\|  (?=\|)", "| ", f"| {line} |") for line in lines), ""]
+
+
+def quoted(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def refusals() -> dict[tuple[str, str, str], tuple[list[str], list[str]]]:
+    """(leg, the other leg, why) -> the parts of the one that refuse, and the parts of the other that are refused."""
+    found: dict[tuple[str, str, str], tuple[list[str], list[str]]] = {}
+    for leg, other in itertools.permutations(LEGS, 2):
+        for name, part in PARTS[leg].items():
+            for trait, reason in part.refuses.items():
+                refused = [theirs for theirs, row in PARTS[other].items() if trait in row.traits]
+                if refused:
+                    found.setdefault((leg, other, reason), ([], refused))[0].append(name)
+    return found
+
+
+def limits(leg: str, name: str) -> str:
+    """The parts that `name` can't be combined with."""
+    found: dict[str, None] = {}
+    for (mine, other, _), (those, refused) in refusals().items():
+        if mine == leg and name in those:
+            found |= dict.fromkeys(refused)
+        if other == leg and name in refused:
+            found |= dict.fromkeys(those)
+    return f"not with {quoted(found)}" if found else ""
+
+
+def default_of(option: Option) -> str:
+    if option.default is None:
+        return ""
+    return f"`{str(option.default).lower() if isinstance(option.default, bool) else option.default}`"
+
+
+def meaning(option: Option) -> str:
+    return option.help + (f" ({quoted(option.kind.split('|'))})" if "|" in option.kind else "")
+
+
+def every_part() -> str:
+    """What docs/methods.md says from its heading "Every part" to the next one."""
+    lines = ["## Every part", "", "As `trivet methods` knows them.", "", "### Methods", ""]
+    rows = [(f"`{name}`", *(f"`{getattr(m, leg).name}`" for leg in LEGS), m.summary) for name, m in METHODS.items()]
+    lines += table("method | decompose | rank | update | what it is", rows)
+    options: dict[Option, list[str]] = {}
+    for leg in LEGS:
+        lines += [f"### {leg.capitalize()}", ""]
+        rows = []
+        for name, part in PARTS[leg].items():
+            settable = quoted(option.name for option in part.options)
+            rows.append((f"`{name}`", part.summary, part.source, part.cost, settable, limits(leg, name)))
+            for option in part.options:
+                options.setdefault(option, []).append(name)
+        lines += table("part | what it does | source | cost | options | limits", rows)
+    lines += ["### Options", "", "Shares are of the run's steps unless another whole is named.", ""]
+    rows = [(f"`{o.name}`", quoted(parts), default_of(o), meaning(o)) for o, parts in options.items()]
+    lines += table("option | of | default | what it is", rows)
+    lines += ["### What does not go together", ""]
+    rows = [
+        (f"{leg} {quoted(names)}", f"{other} {quoted(refused)}", why)
+        for (leg, other, why), (names, refused) in refusals().items()
+    ]
+    return "\n".join([*lines, *table("these | with these | why not", rows)]) + "\n"
+
+
+#: The generated part of a page: its first line, the line that follows it (None: it ends the page), and what makes it.
+GENERATED: dict[Path, tuple[str, str | None, Callable[[], str]]] = {
+    CONFIGURATION: ("## Every key\n", None, every_key),
+    METHODS_PAGE: ("## Every part\n", "## How squeezing works\n", every_part),
+}
+
+
+def renewed(page: Path) -> str:
+    """The page's text with its generated part as it should be."""
+    first, following, make = GENERATED[page]
+    before, found, rest = page.read_text(encoding="utf-8").partition(first)
+    assert found, f"{page.name} has no {first}"
+    if following is None:
+        return before + make()
+    _, found, after = rest.partition(following)
+    assert found, f"{page.name} has no {following}"
+    return before + make() + following + after
+
+
+@pytest.mark.parametrize("page", GENERATED, ids=name_of)
+def test_generated_parts_are_up_to_date(page: Path) -> None:
+    assert page.read_text(encoding="utf-8") == renewed(page), "run: python tests/test_docs.py"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -200,6 +294,131 @@ def test_every_kind_of_error_is_explained_with_its_exit_code() -> None:
         assert re.search(rf"^\| `{kind.__name__}` \| {kind.exit_code} \|", page, re.MULTILINE), kind.__name__
 
 
+# -- docs/methods.md ---------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_names_every_part() -> None:
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    for leg in LEGS:
+        (row,) = re.findall(rf"^\| {leg} \|.*$", page, re.MULTILINE)
+        assert set(re.findall(r"`(\w+)`", row)) == set(PARTS[leg])
+
+
+def test_exactly_the_pairs_that_are_listed_are_refused() -> None:
+    from trivet.errors import ConfigError
+    from trivet.methods import find_method
+
+    for leg, other in itertools.combinations(LEGS, 2):
+        for mine, theirs in itertools.product(PARTS[leg], PARTS[other]):
+            listed = f"`{theirs}`" in limits(leg, mine)
+            assert listed == (f"`{mine}`" in limits(other, theirs))
+            try:
+                find_method({leg: mine, other: theirs})
+            except ConfigError:
+                assert listed, f"{leg} {mine} and {other} {theirs} are refused"
+            else:
+                assert not listed, f"{leg} {mine} and {other} {theirs} go together"
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with what the page's Python reads: `gpt2`, train.jsonl, pairs.jsonl."""
+    import datasets
+
+    save_tiny("gpt2", tmp_path / "gpt2", initializer_range=0.3)
+    rows = colour_rows(48)
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    pairs = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": "the cat sat on the mat"} for r in rows]
+    write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_block(block: str) -> dict[str, Any]:
+    """The names that a block of the page leaves, after the one that makes a trainer."""
+    found = blocks(METHODS_PAGE, "python")
+    (before,) = [b for b in found if "trainer = Trainer(" in b]
+    names: dict[str, Any] = {}
+    if block is not before and "import LoRAModel" not in block and "trl" not in block:
+        exec(before, names)
+    exec(block, names)
+    return names
+
+
+def test_the_python_of_the_methods_page_runs(place: Path) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from trivet.adapter.plan import plan_of
+
+    ran = [run_block(block) for block in blocks(METHODS_PAGE, "python") if "trl" not in block]
+    assert ran[0]["result"]["method"]["rank"] == {"name": "squeeze", "budget": "r4-equivalent"}
+    (trained,) = [names for names in ran if "proof" in names]
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("gpt2"), "adapter").eval()
+    with torch.no_grad():
+        expected = trained["model"].eval()(**trained["inputs"]).logits
+        assert torch.allclose(plain(**trained["inputs"]).logits, expected, atol=1e-4)
+        with plain.disable_adapter():
+            assert not torch.allclose(plain(**trained["inputs"]).logits, expected, atol=1e-2)
+    (resumed,) = [names for names in ran if "checkpoint" in names]
+    assert resumed["trainer"].state.global_step == 100
+    assert plan_of(resumed["model"]).policy.history == plan_of(trained["model"]).policy.history
+    assert "row_losses" in ran[-1] and ran[-1]["row_losses"]().shape == (16,)
+
+
+@pytest.mark.parametrize("name", ["SFTTrainer", "DPOTrainer"])
+def test_the_page_in_trls_trainers(place: Path, name: str) -> None:
+    pytest.importorskip("trl", reason="trl is not installed")
+    from trivet.adapter.plan import plan_of
+
+    (block,) = [b for b in blocks(METHODS_PAGE, "python") if f"trainer = {name}(" in b]
+    names = run_block(block)
+    assert names["trainer"].state.global_step == 18  # 48 rows, 8 at a time, three times
+    assert plan_of(names["model"]).policy.history[-1]["step"] == 11
+
+
+def test_what_trls_dpo_trainer_needs_for_other_forms(place: Path) -> None:
+    pytest.importorskip("trl", reason="trl is not installed")
+    (block,) = [b for b in blocks(METHODS_PAGE, "python") if "trainer = DPOTrainer(" in b]
+    block = block.replace('method="trivet"', 'method="pissa"')
+    with pytest.raises(AttributeError, match="free"):  # should this pass one day, the page can say less
+        run_block(block)
+    run_block(block.replace("    args=", '    ref_model=AutoModelForCausalLM.from_pretrained("gpt2"),\n    args='))
+
+
+@pytest.mark.parametrize("method", ["lora_fa", "lora_xs", "pissa", "curlora", "tcurlora", "dora"])
+def test_save_pretrained_is_right_whatever_the_form(tmp_path: Path, method: str) -> None:
+    import torch
+    from peft import PeftModel
+
+    import trivet
+    from trivet.adapter.save import save_adapter
+
+    batch = {"input_ids": torch.arange(2, 22).reshape(2, 10)}
+    model = trivet.attach(tiny_model("llama", 64, initializer_range=0.2), lora_rank=2, method=method)
+    optimizer = trivet.optimizer(model, learning_rate=0.05)
+    for _ in range(3):
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def loaded(folder: str) -> Any:
+        plain = PeftModel.from_pretrained(tiny_model("llama", 64, initializer_range=0.2), str(tmp_path / folder))
+        return plain.eval()(**batch).logits
+
+    with torch.no_grad():
+        live = model.eval()(**batch).logits
+        with model.disable_adapter():
+            untuned = model(**batch).logits
+        assert not torch.allclose(live, untuned, atol=0.1)
+        model.save_pretrained(tmp_path / "pretrained")
+        save_adapter(model, tmp_path / "adapter", batch)
+        assert torch.allclose(loaded("adapter"), live, atol=1e-4)
+        assert torch.allclose(loaded("pretrained"), live, atol=1e-4)
+
+
 if __name__ == "__main__":
-    head, _, _ = CONFIGURATION.read_text(encoding="utf-8").partition("## Every key\n")
-    CONFIGURATION.write_text(head + generated(), encoding="utf-8")
+    for target in GENERATED:
+        target.write_text(renewed(target), encoding="utf-8")

@@ -75,9 +75,7 @@ def _method(decompose: str, rank: str, update: str, summary: str, **options: Map
 
 METHODS: dict[str, Method] = {
     "lora": _method("zero", "fixed", "adamw", "plain LoRA on all linear layers"),
-    "trivet": _method(
-        "zero", "squeeze", "adamw", "the default: trained wide, priced by the task, squeezed to the budget"
-    ),
+    "trivet": _method("zero", "squeeze", "adamw", "trained wide, priced by the task, squeezed to the budget"),
     "auto": _method("zero", "auto", "adamw", "as trivet, and the total is chosen on validation rows"),
     "lora_plus": _method("zero", "fixed", "lora_plus", "B learns faster than A"),
     "lora_fa": _method("zero", "fixed", "frozen_a", "A stays as it started: half the trained parameters"),

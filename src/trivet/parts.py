@@ -158,7 +158,11 @@ PARTS: dict[str, dict[str, Part]] = {
             "as squeeze, and at most 8 forward passes over the validation rows",
             "trivet.rank.auto:Auto",
             options=(
-                *_SCHEDULE[1:],
+                Option("start_rank", None, "rank to train wide with; default twice lora_rank", "whole"),
+                Option(
+                    "begin", 0.3, "share of the steps that are trained wide, after which the budget is chosen", "share"
+                ),
+                *_SCHEDULE[3:],
                 _METRIC,
                 Option("tolerance", 0.01, "share of the gain over the base that may be lost", "share"),
             ),

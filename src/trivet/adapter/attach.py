@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from trivet.adapter.layers import AdaptedLayer, adapted_layers
 from trivet.adapter.plan import Plan
-from trivet.adapter.resize import set_ranks
+from trivet.adapter.resize import set_ranks, write_patterns
 from trivet.adapter.statistics import LayerStatistics
 from trivet.errors import AdapterError, ConfigError
 from trivet.methods import find_method
@@ -112,6 +112,7 @@ def attach(
         statistics = probe(adapted, layers, batches, sketch=4 * policy.widest(layers, total), seed=seed, loss=loss)
     set_ranks(adapted, policy.start(layers, statistics, total))
     _start(parts, adapted_layers(adapted), statistics, seed)
+    write_patterns(adapted)
     adapted.trivet = Plan(parts, policy)
     return adapted
 

@@ -6,9 +6,24 @@ merging and saving as plain LoRA work as they do for plain matrices.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+
+class Written(nn.Module):
+    """A factor whose state also holds its `weight`, written out: plain PEFT reads that and passes over the rest."""
+
+    weight: Any
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.weight.detach().contiguous()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict({k: v for k, v in state_dict.items() if k != f"{prefix}weight"}, prefix, *rest)
 
 
 class Frozen(nn.Module):
@@ -24,7 +39,7 @@ class Frozen(nn.Module):
         return F.linear(x, self.weight)
 
 
-class Core(nn.Module):
+class Core(Written):
     """B = basis · core with a frozen basis (out, p): only the core (p, r) is trained."""
 
     basis: torch.Tensor
@@ -70,7 +85,7 @@ class TensorCore(Core):
         return self.core[self.blocks].permute(0, 2, 1, 3).reshape(p * columns, p * rows)
 
 
-class Offset(nn.Module):
+class Offset(Written):
     """A trained factor beside a frozen one: s (B A − B0 A0) as one product of twice the rank."""
 
     fixed: torch.Tensor

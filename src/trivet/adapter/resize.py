@@ -160,11 +160,14 @@ def _leave(model: PeftModel, layer: AdaptedLayer, optimizer: Any) -> None:
 
 
 def write_patterns(model: PeftModel) -> None:
-    """Put the layers' ranks into PEFT's config: the commonest as r, the others in one anchored pattern a rank."""
+    """Put the layers' ranks into PEFT's config: the commonest as r, the others in one anchored pattern a rank.
+
+    They are those of the factors as they are saved: an offset's is twice what is trained.
+    """
     name = model.active_adapter
     config = model.peft_config[name]
     config.r, config.lora_alpha, config.rank_pattern, config.alpha_pattern = rank_config(
-        {layer.name: (layer.rank, layer.scale) for layer in adapted_layers(model, name)}
+        {layer.name: (layer.factors()[0].shape[0], layer.scale) for layer in adapted_layers(model, name)}
     )
 
 
@@ -249,6 +252,8 @@ def match(model: PeftModel, tensors: Mapping[str, tuple[int, ...]]) -> None:
         for key, shape in keys.items():
             head, _, field = key.rpartition(".")
             holder = layer._factor(head[-1]) if "embedding" not in key else None
+            if isinstance(holder, (Core, Offset)) and field == "weight":
+                continue  # written out of the others
             if "embedding" in key:
                 _swap(layer._factor(key[-1]), layer.A.new_zeros(shape))
             elif head in ("lora_A", "lora_B"):

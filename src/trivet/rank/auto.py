@@ -24,7 +24,7 @@ SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125, 0.015625, 0.0)
 
 @dataclass
 class Auto(Squeeze):
-    """`budget` stays None: it is found at the step `look` (a share of the run)."""
+    """`budget` stays None: it is found after the steps that are trained wide, at `begin`."""
 
     begin: float = 0.3
     tolerance: float = 0.01
@@ -70,7 +70,7 @@ class Auto(Squeeze):
         self.history.append(
             {
                 "step": now.step,
-                "tried": dict(zip((int(s * whole) for s in SHARES), means, strict=True)),
+                "tried": dict(zip((str(int(s * whole)) for s in SHARES), means, strict=True)),
                 "budget": self.target,
             }
         )

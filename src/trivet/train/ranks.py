@@ -140,8 +140,9 @@ class RankCallback(TrainerCallback):  # type: ignore[misc]
         save_file(tensors, checkpoint / MOMENTS)
         write_json(checkpoint / STATE, {k: v for k, v in state.items() if not isinstance(v, torch.Tensor)})
 
-    def resume(self, checkpoint: Path) -> None:
+    def resume(self, checkpoint: str | Path) -> None:
         """Give model and policy the shapes and state of a checkpoint; call it before `trainer.train(resume_…)`."""
+        checkpoint = Path(checkpoint)
         try:
             with safe_open(checkpoint / "adapter_model.safetensors", framework="pt") as file:
                 shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
