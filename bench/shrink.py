@@ -78,6 +78,11 @@ def compare(squeezed: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
     def per_token(rows: list[dict[str, Any]]) -> list[float]:
         return [row["step_seconds"] / row["tokens"] for row in rows]
 
+    pairs = list(zip(steps, plain["steps"], strict=True))  # the same rows in the same order
+
+    def over_plain(begin: int, end: int) -> list[float]:
+        return statistics.quantiles(a["step_seconds"] / b["step_seconds"] for a, b in pairs if begin < a["step"] <= end)
+
     # The first steps meet new tensor shapes; measured steps are part of what they cost.
     wide = per_token([row for row in steps if 5 < row["step"] <= first])
     settled = per_token([row for row in steps if row["step"] > last])
@@ -94,6 +99,11 @@ def compare(squeezed: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
         "milliseconds_per_token_quartiles": {
             name: [1000 * q for q in statistics.quantiles(values)]
             for name, values in (("wide", wide), ("settled", settled), ("plain", flat))
+        },
+        "step_time_over_plain_r16_quartiles": {
+            "wide": over_plain(5, first),
+            "squeezing": over_plain(first, last),
+            "settled": over_plain(last, len(steps)),
         },
         "rank_seconds": ours["rank_seconds"],
         "hook_seconds": hooks,

@@ -71,12 +71,13 @@ def tiny_model(kind: str, vocab: int, **changes: Any) -> Any:
     import transformers as hf
 
     torch.manual_seed(0)
-    common = {"vocab_size": vocab, "pad_token_id": 0, "eos_token_id": 0, "bos_token_id": 0} | changes
+    common: dict[str, Any] = {"vocab_size": vocab, "pad_token_id": 0, "eos_token_id": 0, "bos_token_id": 0} | changes
     if kind == "gpt2":
         return hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=128, **common))
     if kind == "llama":
         sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-        return hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, tie_word_embeddings=True, **common))
+        tie = common.pop("tie", True)
+        return hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, tie_word_embeddings=tie, **common))
     if kind == "bart":
         sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 2), ("ffn_dim", 64))}
         heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 128}

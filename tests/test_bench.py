@@ -17,6 +17,7 @@ from trivet.methods import find_method
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
+import page
 import quality
 import quality_table
 import quality_tasks
@@ -230,3 +231,7 @@ def test_check_lists_what_is_missing(task: Task) -> None:
     del whole[quality_table.key(task, WIDE, 0, high, 2.0)]
     assert quality_table.check(whole, [task], [WIDE], [0]) == ["tiny lora-r4: 1 of 3 trials missing"]
     assert quality_table.next_run(whole, task, WIDE, [0]) == (0, high, 2.0)
+
+
+def test_the_evidence_page_is_what_the_results_say() -> None:
+    assert page.PAGE.read_text(encoding="utf-8") == page.renewed(), "run: python bench/page.py"
