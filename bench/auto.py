@@ -108,11 +108,11 @@ def compare(place: Path, arguments: argparse.Namespace, case: str, seed: int, ba
         config = load(values=values | {"model.name": base, "model.lora_rank": rank})
         results[name] = train(config, console=Console(quiet=True), train=rows, validation=held, overwrite=True).result
     auto, plain = results["auto"], results["plain"]
-    look = next(row for row in auto["rank_history"] if "tried" in row)
+    looks = [row for row in auto["rank_history"] if "tried" in row]
     return {
         "case": case, "seed": seed, "steps": arguments.steps, "rows": len(rows),
         "kept_share": auto["adapter_parameters"] / plain["adapter_parameters"],
-        "tried": look["tried"], "budget": look["budget"],
+        "tried": {str(look["step"]): look["tried"] for look in looks}, "budget": looks[-1]["budget"],
         "validation_loss": {name: r["metrics"]["tuned"]["loss"] for name, r in results.items()},
         "accuracy": {name: r["metrics"]["tuned"]["accuracy"] for name, r in results.items()},
         "seconds_ratio": auto["wall_seconds"] / plain["wall_seconds"],

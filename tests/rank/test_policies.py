@@ -148,12 +148,13 @@ def test_a_pattern_that_makes_no_sense(ranks: dict[str, int], words: str) -> Non
 
 def test_auto_measures_at_most_eight_budgets_and_keeps_the_smallest_good_one(place: Path) -> None:
     outcome = run(place, {"name": "auto", "start_rank": 4})
-    tried = next(row for row in outcome.result["rank_history"] if "tried" in row)
-    assert len(tried["tried"]) <= 8
-    best = min(tried["tried"].values())
-    chosen = {int(k): v for k, v in tried["tried"].items()}.get(tried["budget"], best)
-    assert chosen - best <= max(0.2, 0.02 * (max(tried["tried"].values()) - best))
-    assert outcome.result["adapter_parameters"] <= max(tried["budget"], 96)
+    looks = [row for row in outcome.result["rank_history"] if "tried" in row]
+    assert 1 < len(looks) <= 4 and sum(len(look["tried"]) for look in looks) <= 8
+    for look in looks:
+        best = min(look["tried"].values())
+        assert look["tried"][str(look["budget"])] - best <= max(0.2, 0.02 * (max(look["tried"].values()) - best))
+        assert look["budget"] <= int(max(look["tried"], key=int))
+    assert outcome.result["adapter_parameters"] <= max(looks[-1]["budget"], 96)
 
 
 def test_auto_needs_validation_rows(place: Path) -> None:
@@ -171,3 +172,29 @@ def test_rank_aware_steps_are_on_with_varying_ranks_and_can_be_switched_off() ->
         batch = {"input_ids": torch.arange(2, 14).reshape(1, 12), "labels": torch.arange(2, 14).reshape(1, 12)}
         model = attach(tiny_model("llama", 64), method={"rank": rank}, batches=[batch])
         assert plan_of(model).policy.rank_aware_step is on
+
+
+@pytest.mark.parametrize(
+    ("losses", "chosen"),
+    [
+        ({1.0: 1.0, 0.5: 1.0, 0.25: 1.0, 0.0: 1.0}, 0.0),  # nothing was gained: nothing stays
+        ({1.0: 1.0, 0.5: 1.001, 0.25: 1.5, 0.0: 2.0}, 0.5),  # within 1% of the gain of 1
+        ({1.0: 1.0, 0.5: 1.1, 0.25: 1.0, 0.0: 2.0}, 1.0),  # the first step down costs too much
+        ({1.0: 1.0, 0.5: 0.8, 0.25: 0.9, 0.0: 2.0}, 0.5),  # the best is not the largest
+    ],
+)
+def test_auto_goes_down_while_that_is_as_good_as_the_best(losses: dict[float, float], chosen: float) -> None:
+    model = attach(
+        tiny_model("llama", 64), lora_rank=4, method={"rank": {"name": "auto", "start_rank": 4, "metric": "plain"}}
+    )
+    layers = adapted_layers(model)
+    whole = parameters(layers)
+    policy = plan_of(model).policy
+
+    def validation(changes: Any) -> torch.Tensor:
+        left = sum(sum(x.shape) * (changes[x.name].rank if x.name in changes else x.rank) for x in layers) / whole
+        near = min((share for share in losses if share), key=lambda share: abs(share - left)) if left else 0.0
+        return torch.full((50,), losses[near], dtype=torch.float64)
+
+    policy.decide(Situation(5, 10, layers, validation=validation))
+    assert policy.history[0]["budget"] == max(1, int(chosen * whole))

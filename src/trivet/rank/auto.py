@@ -1,8 +1,9 @@
 """`auto`: the total is chosen too: the smallest budget whose validation loss is as good as the best.
 
-After training wide, the update is cut to a few budgets in turn, forward passes only, on the same validation rows. The
-smallest one stays that loses, against the best of them, no more than one paired standard error or `tolerance` of the
-gain over the base. A task that the base model solves, and labels that mean nothing, end near rank zero.
+After training wide, and three times more until the ranks settle, the update is cut to half, a quarter and so on of what
+it holds, forward passes only, on the same validation rows. The smallest cut stays that loses, against the best of them,
+no more than one paired standard error or `tolerance` of the gain over the base; training mends it before the next look.
+A task that the base model solves, and labels that mean nothing, end near rank zero.
 """
 
 from __future__ import annotations
@@ -11,24 +12,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from trivet.adapter.layers import AdaptedLayer, Change
 from trivet.adapter.statistics import LayerStatistics
 from trivet.errors import ConfigError
 from trivet.rank.policy import Situation, parameters
-from trivet.rank.score import directions
+from trivet.rank.score import Directions, directions
 from trivet.rank.squeeze import Squeeze
 
-#: Budgets that are tried, as shares of what is held: at most 8 passes over the validation rows.
-SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125, 0.015625, 0.0)
+#: Passes over the validation rows in a whole run: what there is, six halvings of it, and nothing.
+PASSES = 8
+#: How often the validation rows are looked at, from `begin` to `end`.
+LOOKS = 4
 
 
 @dataclass
 class Auto(Squeeze):
-    """`budget` stays None: it is found after the steps that are trained wide, at `begin`."""
+    """`budget` stays None: it is found on the way. `passes` are left; `base` is the loss without any update."""
 
     begin: float = 0.3
     tolerance: float = 0.01
-    chosen: bool = False
+    passes: int = PASSES
+    base: float | None = None
 
     def start(
         self, layers: Sequence[AdaptedLayer], statistics: Mapping[str, LayerStatistics] | None, total: int
@@ -38,46 +44,59 @@ class Auto(Squeeze):
         self.target = self.wide
         return ranks
 
-    def decide(self, now: Situation) -> dict[str, Change]:
-        if not self.chosen:
-            self._choose(now)
-        return super().decide(now)
+    def due(self, step: int, total: int) -> bool:
+        first, last = self._span(total)
+        looks = {first + round(i * (last - first) / (LOOKS - 1)) for i in range(LOOKS)}
+        return step in looks and self.passes >= 2
 
-    def _choose(self, now: Situation) -> None:
-        """Measure the budgets and set the target."""
+    def decide(self, now: Situation) -> dict[str, Change]:
         if now.validation is None:
             raise ConfigError("method.rank: auto chooses on validation rows; set data.validation, or use squeeze")
         found = directions(now.layers, now.statistics if self.metric == "whitened" else None)
-        whole = parameters(now.layers)
-        losses = []
-        for share in SHARES:
-            ranks, _ = self.ranks(now.layers, found, int(share * whole)) if share else ([0] * len(now.layers), 0.0)
-            changes = {
-                layer.name: found[layer.name].keep(rank)
-                for layer, rank in zip(now.layers, ranks, strict=True)
-                if rank < layer.rank
-            }
-            losses.append(now.validation(changes).double())
-        means = [float(x.mean()) for x in losses]
-        best = min(range(len(SHARES)), key=means.__getitem__)
-        gain = means[-1] - means[best]
-        for i in reversed(range(len(SHARES))):
-            paired = losses[i] - losses[best]
-            error = float(paired.std() / len(paired) ** 0.5) if len(paired) > 1 else 0.0
-            if means[i] - means[best] <= max(error, self.tolerance * gain):
-                break
-        self.target, self.chosen = max(1, int(SHARES[i] * whole)), True
-        self.history.append(
-            {
-                "step": now.step,
-                "tried": dict(zip((str(int(s * whole)) for s in SHARES), means, strict=True)),
-                "budget": self.target,
-            }
-        )
+        held = parameters(now.layers)
+        losses = {held: now.validation({}).double()}
+        if self.base is None:
+            losses[0] = now.validation(self._cut(now.layers, found, 0)).double()
+            self.base = float(losses[0].mean())
+        self.passes -= len(losses)
+        self.target = self._smallest(now, found, held, losses)
+        tried = {str(budget): float(losses[budget].mean()) for budget in sorted(losses, reverse=True)}
+        self.history.append({"step": now.step, "tried": tried, "budget": self.target})
+        return self.squeeze(now, self.target) if self.target < held else {}
+
+    def _smallest(
+        self, now: Situation, found: Mapping[str, Directions], held: int, losses: dict[int, torch.Tensor]
+    ) -> int:
+        """Halve the budget while that is as good as the best; `losses` takes what was measured."""
+        assert now.validation is not None and self.base is not None  # noqa: S101 - `decide` saw to it
+        least = min(sum(layer.shape) for layer in now.layers)
+        chosen, budget = held, held // 2
+        while self.passes and budget >= least:
+            losses[budget] = now.validation(self._cut(now.layers, found, budget)).double()
+            self.passes -= 1
+            if not self._as_good(losses, budget):
+                return chosen
+            chosen, budget = budget, budget // 2
+        nothing_lost = 0 in losses and self._as_good(losses, 0)
+        return 1 if nothing_lost else chosen
+
+    def _as_good(self, losses: Mapping[int, torch.Tensor], budget: int) -> bool:
+        means = {b: float(x.mean()) for b, x in losses.items()}
+        best = min(means, key=means.__getitem__)
+        paired = losses[budget] - losses[best]
+        error = float(paired.std() / len(paired) ** 0.5) if len(paired) > 1 else 0.0
+        assert self.base is not None  # noqa: S101
+        return means[budget] - means[best] <= max(error, self.tolerance * (self.base - means[best]))
+
+    def _cut(self, layers: Sequence[AdaptedLayer], found: Mapping[str, Directions], budget: int) -> dict[str, Change]:
+        """The changes that leave `budget` parameters; none at all for 0."""
+        ranks = self.ranks(layers, found, budget)[0] if budget else [0] * len(layers)
+        pairs = zip(layers, ranks, strict=True)
+        return {layer.name: found[layer.name].keep(rank) for layer, rank in pairs if rank < layer.rank}
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "chosen": self.chosen}
+        return {**super().state_dict(), "passes": self.passes, "base": self.base}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self.chosen = bool(state["chosen"])
+        self.passes, self.base = int(state["passes"]), state["base"]
