@@ -181,6 +181,7 @@ def test_rank_aware_steps_are_on_with_varying_ranks_and_can_be_switched_off() ->
         ({1.0: 1.0, 0.5: 1.001, 0.25: 1.5, 0.0: 2.0}, 0.5),  # within 1% of the gain of 1
         ({1.0: 1.0, 0.5: 1.1, 0.25: 1.0, 0.0: 2.0}, 1.0),  # the first step down costs too much
         ({1.0: 1.0, 0.5: 0.8, 0.25: 0.9, 0.0: 2.0}, 0.5),  # the best is not the largest
+        ({1.0: 1.0, 0.5: 0.9, 0.25: 0.95, 0.0: 0.2}, 0.0),  # the update does harm, and so does half of it
     ],
 )
 def test_auto_goes_down_while_that_is_as_good_as_the_best(losses: dict[float, float], chosen: float) -> None:

@@ -74,11 +74,11 @@ class Auto(Squeeze):
         while self.passes and budget >= least:
             losses[budget] = now.validation(self._cut(now.layers, found, budget)).double()
             self.passes -= 1
-            if not self._as_good(losses, budget):
-                return chosen
+            # Against what keeps something: where no update at all is best, half of a harmful one is still better.
+            if not self._as_good({b: x for b, x in losses.items() if b}, budget):
+                break
             chosen, budget = budget, budget // 2
-        nothing_lost = 0 in losses and self._as_good(losses, 0)
-        return 1 if nothing_lost else chosen
+        return 1 if 0 in losses and self._as_good(losses, 0) else chosen
 
     def _as_good(self, losses: Mapping[int, torch.Tensor], budget: int) -> bool:
         means = {b: float(x.mean()) for b, x in losses.items()}
