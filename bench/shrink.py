@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from trivet.configio import load
+from trivet.rank.squeeze import Squeeze
 from trivet.run import train
 
 RESULTS = Path(__file__).resolve().parent / "results" / "shrink.jsonl"
@@ -115,11 +116,11 @@ def compare(squeezed: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
 
 def measuring(steps: list[dict[str, Any]], history: list[dict[str, Any]]) -> float:
     """Seconds that the hooks added: measured steps against the others until the ranks are settled, per token."""
-    first, last = history[0]["step"], history[-1]["step"]
-    every = max(1, min(10, first // 3))
+    last = history[-1]["step"]
+    policy, total = Squeeze(4), len(steps)
     before = [row for row in steps if 5 < row["step"] <= last]
-    measured = [row for row in before if (row["step"] - 1) % every == 0]
-    others = [row for row in before if (row["step"] - 1) % every]
+    measured = [row for row in before if policy.measures(row["step"] - 1, total)]
+    others = [row for row in before if not policy.measures(row["step"] - 1, total)]
     extra = statistics.median(r["step_seconds"] / r["tokens"] for r in measured) - statistics.median(
         r["step_seconds"] / r["tokens"] for r in others
     )

@@ -5,19 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from functools import partial
-from types import SimpleNamespace
-
-import torch
 
 from trivet.adapter.layers import AdaptedLayer
 from trivet.adapter.statistics import LayerStatistics
 from trivet.data.dataset import Dataset
 from trivet.data.encode import Encoded
 from trivet.errors import DataError
-from trivet.evaluate.score import head_scores, likelihood
-from trivet.loss import training_loss
+from trivet.evaluate.score import row_scores
 from trivet.probe import probe
-from trivet.session import LABELLED, Session, check_format, probe_loss
+from trivet.session import Session, check_format, probe_loss
 
 
 def halves(calibration: Dataset, session: Session, seed: int) -> tuple[Dataset, Dataset]:
@@ -58,10 +54,5 @@ def _trainable(layers: Sequence[AdaptedLayer]) -> Iterator[None]:
 
 def mean_loss(session: Session, rows: Sequence[Encoded], *, batch_size: int) -> float:
     """The training's loss over `rows`: their mean over all supervised tokens, or over the rows."""
-    model, task = session.model, session.base.task
-    if task in LABELLED:
-        scores = torch.from_numpy(head_scores(model, rows, session.collator, batch_size=batch_size))
-        gold = torch.tensor([row["labels"] for row in rows])
-        return float(training_loss(SimpleNamespace(logits=scores), gold, task=task))
-    scored = likelihood(model, rows, session.collator, task=task, batch_size=batch_size)
-    return float(scored.nll.sum() / scored.tokens.sum())
+    losses, _, items = row_scores(session.model, rows, session.collator, task=session.base.task, batch_size=batch_size)
+    return float(losses.sum() / items.sum())

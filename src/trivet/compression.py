@@ -25,7 +25,7 @@ from trivet.rank.allocate import allocate, spent
 from trivet.rank.budget import budget_problem
 from trivet.rank.budget import parameters as in_parameters
 from trivet.rank.policy import parameters
-from trivet.rank.score import Directions, costs, directions
+from trivet.rank.score import Directions, costs, cut, directions
 from trivet.session import LABELLED, Session, adapter_folder, reopen
 
 #: What is tried beside the budget that was asked for, as shares of what the adapter holds.
@@ -179,8 +179,7 @@ def _first(layers: Sequence[AdaptedLayer], found: Mapping[str, Directions]) -> i
 
 
 def _changes(choice: Choice, layers: Sequence[AdaptedLayer], found: Mapping[str, Directions]) -> dict[str, Change]:
-    ranks = choice.ranks
-    return {x.name: found[x.name].keep(ranks[x.name]) for x in layers if ranks[x.name] < x.rank}
+    return cut(layers, found, [choice.ranks[layer.name] for layer in layers])
 
 
 def _with_loss(

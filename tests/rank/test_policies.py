@@ -18,6 +18,7 @@ from trivet.adapter.layers import adapted_layers
 from trivet.adapter.plan import plan_of
 from trivet.configio import load
 from trivet.errors import ConfigError
+from trivet.parts import PARTS
 from trivet.rank.policy import Situation, parameters
 from trivet.rank.squeeze import Squeeze
 from trivet.run import Outcome, train
@@ -199,3 +200,10 @@ def test_auto_goes_down_while_that_is_as_good_as_the_best(losses: dict[float, fl
 
     policy.decide(Situation(5, 10, layers, validation=validation))
     assert policy.history[0]["budget"] == max(1, int(chosen * whole))
+
+
+@pytest.mark.parametrize("name", PARTS["rank"])
+def test_the_table_and_the_policy_have_the_same_defaults(name: str) -> None:
+    policy = PARTS["rank"][name].load()(8)
+    for option in PARTS["rank"][name].options:
+        assert getattr(policy, option.name) == option.default, option.name

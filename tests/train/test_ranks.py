@@ -119,6 +119,14 @@ def causal(place: Path, method: Any) -> Any:
     return trivet.attach(hf.AutoModelForCausalLM.from_pretrained(place / "llama"), lora_rank=2, method=method)
 
 
+def ours(model: Any) -> dict[str, Any]:
+    """What a Trainer is given of trivet."""
+    return {
+        "callbacks": [trivet.callback(model)],
+        "optimizers": (trivet.optimizer(model, learning_rate=1e-2), None),
+    }
+
+
 def check_trained(model: Any, trainer: Any, place: Path, folder: Path, start: int) -> None:
     """The budget is kept, the file loads in plain PEFT, and computes what was trained."""
     layers = adapted_layers(model)
@@ -136,6 +144,7 @@ def check_trained(model: Any, trainer: Any, place: Path, folder: Path, start: in
     assert losses[-1] < losses[0]
 
 
+TOKENS = [{"input_ids": [2 + i % 5, 7, 8, 9, 3 + i % 4], "labels": [2 + i % 5, 7, 8, 9, 3 + i % 4]} for i in range(40)]
 ARGUMENTS: dict[str, Any] = {
     "per_device_train_batch_size": 4,
     "max_steps": 20,
@@ -152,15 +161,11 @@ ARGUMENTS: dict[str, Any] = {
 def test_in_the_plain_trainer(place: Path, tmp_path: Path, decompose: str) -> None:
     model = causal(place, {"decompose": decompose, "rank": {"name": "squeeze", "start_rank": 8}})
     start = parameters(adapted_layers(model))
-    rows = [
-        {"input_ids": [2 + i % 5, 7, 8, 9, 3 + i % 4], "labels": [2 + i % 5, 7, 8, 9, 3 + i % 4]} for i in range(40)
-    ]
     trainer = hf.Trainer(
         model,
         args=hf.TrainingArguments(str(tmp_path / "out"), save_strategy="no", **ARGUMENTS),
-        train_dataset=rows,
-        callbacks=[trivet.callback(model)],
-        optimizers=(trivet.optimizer(model, learning_rate=1e-2), None),
+        train_dataset=TOKENS,
+        **ours(model),
     )
     trainer.train()
     check_trained(model, trainer, place, tmp_path, start)
@@ -177,8 +182,7 @@ def test_in_trls_sft_trainer(place: Path, tmp_path: Path) -> None:
         args=trl.SFTConfig(str(tmp_path / "out"), save_strategy="no", max_length=64, **ARGUMENTS),
         train_dataset=Dataset.from_list(colour_rows(48)),
         processing_class=hf.AutoTokenizer.from_pretrained(place / "llama", pad_token="<|endoftext|>"),
-        callbacks=[trivet.callback(model)],
-        optimizers=(trivet.optimizer(model, learning_rate=1e-2), None),
+        **ours(model),
     )
     trainer.train()
     check_trained(model, trainer, place, tmp_path, start)
@@ -199,8 +203,7 @@ def test_in_trls_dpo_trainer(place: Path, tmp_path: Path) -> None:
         args=trl.DPOConfig(str(tmp_path / "out"), save_strategy="no", max_length=64, **ARGUMENTS),
         train_dataset=Dataset.from_list(pairs),
         processing_class=hf.AutoTokenizer.from_pretrained(place / "llama", pad_token="<|endoftext|>"),
-        callbacks=[trivet.callback(model)],
-        optimizers=(trivet.optimizer(model, learning_rate=1e-2), None),
+        **ours(model),
     )
     trainer.train()
     check_trained(model, trainer, place, tmp_path, start)
@@ -209,9 +212,6 @@ def test_in_trls_dpo_trainer(place: Path, tmp_path: Path) -> None:
 def test_a_trainer_with_gradient_checkpointing_and_accumulation(place: Path, tmp_path: Path) -> None:
     model = causal(place, {"rank": {"name": "squeeze", "start_rank": 8}})
     start = parameters(adapted_layers(model))
-    rows = [
-        {"input_ids": [2 + i % 5, 7, 8, 9, 3 + i % 4], "labels": [2 + i % 5, 7, 8, 9, 3 + i % 4]} for i in range(40)
-    ]
     trainer = hf.Trainer(
         model,
         args=hf.TrainingArguments(
@@ -221,9 +221,8 @@ def test_a_trainer_with_gradient_checkpointing_and_accumulation(place: Path, tmp
             **{**ARGUMENTS, "gradient_checkpointing": True},
             gradient_checkpointing_kwargs={"use_reentrant": False},
         ),
-        train_dataset=rows,
-        callbacks=[trivet.callback(model)],
-        optimizers=(trivet.optimizer(model, learning_rate=1e-2), None),
+        train_dataset=TOKENS,
+        **ours(model),
     )
     trainer.train()
     check_trained(model, trainer, place, tmp_path, start)

@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+#: What only training reads of a form's state; `weight` says it all to others.
+TRAINING_KEYS = frozenset({"basis", "core", "free", "fixed"})
+
 
 class Written(nn.Module):
     """A factor whose state also holds its `weight`, written out: plain PEFT reads that and passes over the rest."""

@@ -134,12 +134,10 @@ def _renumber(layer: AdaptedLayer, rank: int) -> None:
     module.r[layer.adapter] = rank
     module.lora_alpha[layer.adapter] = layer.scale * rank
     if not layer.embedding:
-        for side, size in (("A", "out_features"), ("B", "in_features")):
+        for side in "AB":
             factor = getattr(module, f"lora_{side}")[layer.adapter]
             if isinstance(factor, nn.Linear):
-                out, inside = factor.weight.shape
-                factor.out_features, factor.in_features = out, inside
-                setattr(factor, size, rank)
+                factor.out_features, factor.in_features = factor.weight.shape
 
 
 def _leave(model: PeftModel, layer: AdaptedLayer, optimizer: Any) -> None:

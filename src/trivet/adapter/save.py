@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from trivet.adapter.attach import heads_pattern, quiet_peft
+from trivet.adapter.forms import TRAINING_KEYS
 from trivet.adapter.layers import adapted_layers
 from trivet.adapter.resize import departed, rank_config
 from trivet.errors import AdapterError, ConfigError, ProofError
@@ -198,17 +199,12 @@ def native(model: PeftModel) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     config = copy.deepcopy(model.peft_config[name])
     config.inference_mode = True
     stored = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    tensors = {key: value.detach().cpu().clone() for key, value in stored.items()}
-    ranks = {}
-    for layer in adapted_layers(model, name):
-        a, b = layer.factors()
-        ranks[layer.name] = (a.shape[0], layer.scale)
-        if layer.form != "plain":
-            start = f"base_model.model.{layer.name}.lora_"
-            tensors = {k: v for k, v in tensors.items() if not k.startswith(start)}
-            tensors |= {
-                f"{start}{side}.weight": f.detach().cpu().contiguous().clone() for side, f in (("A", a), ("B", b))
-            }
+    tensors = {
+        key: value.detach().cpu().clone()
+        for key, value in stored.items()
+        if not (".lora_" in key and key.rpartition(".")[2] in TRAINING_KEYS)
+    }
+    ranks = {x.name: (x.factors()[0].shape[0], x.scale) for x in adapted_layers(model, name)}
     config.r, config.lora_alpha, config.rank_pattern, config.alpha_pattern = rank_config(ranks)
     config.use_rslora = False
     return config, tensors

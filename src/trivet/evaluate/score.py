@@ -63,6 +63,21 @@ def head_scores(model: Any, rows: Sequence[Encoded], collator: Collator, *, batc
     return np.zeros((0, 1)) if out is None else out
 
 
+def row_scores(model: Any, rows: Sequence[Encoded], collator: Collator, *, task: str, batch_size: int) -> torch.Tensor:
+    """Per row: summed loss, right answers, and supervised items; (3, rows) float64."""
+    if task not in ("classification", "regression"):
+        scored = likelihood(model, rows, collator, task=task, batch_size=batch_size)
+        return torch.tensor(np.stack([scored.nll, scored.correct, scored.tokens]), dtype=torch.float64)
+    scores = torch.tensor(head_scores(model, rows, collator, batch_size=batch_size))
+    gold = torch.tensor([row["labels"] for row in rows])
+    if task == "regression":
+        losses, right = (scores[:, 0] - gold) ** 2, torch.zeros(len(rows))
+    else:
+        losses = torch.nn.functional.cross_entropy(scores, gold, reduction="none")
+        right = scores.argmax(1) == gold
+    return torch.stack([losses.double(), right.double(), torch.ones(len(rows), dtype=torch.float64)])
+
+
 def without_ending(row: Encoded) -> Encoded:
     """The row with its last supervised token (the end of the answer) no longer scored."""
     labels = list(row["labels"])

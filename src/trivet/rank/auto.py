@@ -18,7 +18,7 @@ from trivet.adapter.layers import AdaptedLayer, Change
 from trivet.adapter.statistics import LayerStatistics
 from trivet.errors import ConfigError
 from trivet.rank.policy import Situation, parameters
-from trivet.rank.score import Directions, directions
+from trivet.rank.score import Directions, cut, directions
 from trivet.rank.squeeze import Squeeze
 
 #: Passes over the validation rows in a whole run: what there is, six halvings of it, and nothing.
@@ -91,8 +91,7 @@ class Auto(Squeeze):
     def _cut(self, layers: Sequence[AdaptedLayer], found: Mapping[str, Directions], budget: int) -> dict[str, Change]:
         """The changes that leave `budget` parameters; none at all for 0."""
         ranks = self.ranks(layers, found, budget)[0] if budget else [0] * len(layers)
-        pairs = zip(layers, ranks, strict=True)
-        return {layer.name: found[layer.name].keep(rank) for layer, rank in pairs if rank < layer.rank}
+        return cut(layers, found, ranks)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "passes": self.passes, "base": self.base}

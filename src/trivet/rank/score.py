@@ -66,6 +66,12 @@ def directions(
     return found
 
 
+def cut(layers: Sequence[AdaptedLayer], found: Mapping[str, Directions], ranks: Sequence[int]) -> dict[str, Change]:
+    """The changes that leave each layer its best `ranks` directions, for the layers that lose any."""
+    pairs = zip(layers, ranks, strict=True)
+    return {layer.name: found[layer.name].keep(rank) for layer, rank in pairs if rank < layer.rank}
+
+
 def _singular(gram_a: torch.Tensor, gram_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Singular values of B A from A Aᵀ and BᵀB (…, r, r), with maps such that B left and rightᵀ A are balanced.
 

@@ -15,7 +15,7 @@ from trivet.adapter.statistics import LayerStatistics
 from trivet.errors import ConfigError
 from trivet.rank.allocate import allocate
 from trivet.rank.policy import Policy, Situation, parameters
-from trivet.rank.score import Directions, costs, directions
+from trivet.rank.score import Directions, costs, cut, directions
 
 
 @dataclass
@@ -94,13 +94,8 @@ class Squeeze(Policy):
         """Drop the cheapest directions until the layers hold at most `budget` parameters."""
         found = directions(now.layers, now.statistics if self.metric == "whitened" else None)
         ranks, price = self.ranks(now.layers, found, budget)
-        changes = {
-            layer.name: found[layer.name].keep(rank)
-            for layer, rank in zip(now.layers, ranks, strict=True)
-            if rank < len(found[layer.name].worth) and rank < layer.rank
-        }
         self.note(now, ranks, price)
-        return changes
+        return cut(now.layers, found, ranks)
 
     def ranks(
         self, layers: Sequence[AdaptedLayer], found: Mapping[str, Directions], budget: int

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from trivet.adapter.layers import Change, adapted_layers
+from trivet.adapter.layers import AdaptedLayer, Change, adapted_layers
 from trivet.adapter.plan import plan_of
 from trivet.adapter.resize import match, resize, tried
 from trivet.errors import AdapterError
@@ -51,13 +51,27 @@ class RankCallback(TrainerCallback):  # type: ignore[misc]
         self.collector: Collector | None = None
         #: Seconds spent on measuring (hooks aside), deciding and resizing.
         self.seconds = 0.0
+        self._layers: list[AdaptedLayer] | None = None
+        self._parameters: int | None = None
         self._restored: Mapping[str, torch.Tensor] | None = None
         self._measuring = False
 
     @property
+    def layers(self) -> list[AdaptedLayer]:
+        """The adapted layers; the model is walked once after each change of rank, not in every step."""
+        if self._layers is None:
+            self._layers = adapted_layers(self.model)
+        return self._layers
+
+    @property
     def parameters(self) -> int:
         """The numbers that the adapter's factors hold now."""
-        return parameters(adapted_layers(self.model))
+        if self._parameters is None:
+            self._parameters = parameters(self.layers)
+        return self._parameters
+
+    def _changed(self) -> None:
+        self._layers = self._parameters = None
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -66,8 +80,7 @@ class RankCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not self.policy.settled(state.global_step, state.max_steps):
-            layers = adapted_layers(self.model)
-            self.collector = Collector(layers, sketch=self.policy.sketch, seed=args.seed, decay=0.95)
+            self.collector = Collector(self.layers, sketch=self.policy.sketch, seed=args.seed, decay=0.95)
             if self._restored:
                 self.collector.load_state_dict(self._restored)
 
@@ -83,7 +96,7 @@ class RankCallback(TrainerCallback):  # type: ignore[misc]
                 self.collector.off()
                 self.collector.fold(None if self.items is None else self.items())
                 self._measuring = False
-            self.policy.observe(adapted_layers(self.model))
+            self.policy.observe(self.layers)
             self.seconds += time.perf_counter() - began
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
@@ -101,20 +114,21 @@ class RankCallback(TrainerCallback):  # type: ignore[misc]
         now = Situation(
             step=state.global_step,
             total=state.max_steps,
-            layers=adapted_layers(self.model),
+            layers=self.layers,
             statistics=self.collector.statistics(),
             validation=None if self.validation is None else self._after,
         )
         changes = self.policy.decide(now)
         if changes:
             resize(self.model, changes, optimizer)
+            self._changed()
             self.collector.drop([name for name, change in changes.items() if change.rank == 0])
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
     def _after(self, changes: Mapping[str, Change]) -> torch.Tensor:
         """The validation losses as they would be after `changes`."""
         assert self.validation is not None  # noqa: S101 - else nobody was given this method
-        with tried(adapted_layers(self.model), changes):
+        with tried(self.layers, changes):
             return self.validation()
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -147,6 +161,7 @@ class RankCallback(TrainerCallback):  # type: ignore[misc]
             with safe_open(checkpoint / "adapter_model.safetensors", framework="pt") as file:
                 shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
             match(self.model, shapes)
+            self._changed()
             if (checkpoint / STATE).exists():
                 tensors = load_file(checkpoint / MOMENTS)
                 state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))

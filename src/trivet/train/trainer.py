@@ -8,14 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from trivet.data.batch import Collator
 from trivet.data.encode import IGNORE, Encoded
-from trivet.evaluate.score import head_scores, likelihood
+from trivet.evaluate.score import row_scores
 from trivet.loss import training_loss
 from trivet.runfolder import storage
 from trivet.train.ranks import RankCallback
@@ -154,18 +153,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
 
     def _score(self, rows: Any) -> torch.Tensor:
         """Per row: summed loss, right answers, and items; (3, rows) float64."""
-        size, model = self.args.per_device_eval_batch_size, self.accelerator.unwrap_model(self.model)
-        if self.task not in ("classification", "regression"):
-            scored = likelihood(model, rows, self.collator, task=self.task, batch_size=size)
-            return torch.tensor(np.stack([scored.nll, scored.correct, scored.tokens]), dtype=torch.float64)
-        scores = torch.tensor(head_scores(model, rows, self.collator, batch_size=size))
-        gold = torch.tensor([row["labels"] for row in rows])
-        if self.task == "regression":
-            losses, right = (scores[:, 0] - gold) ** 2, torch.zeros(len(rows))
-        else:
-            losses = torch.nn.functional.cross_entropy(scores, gold, reduction="none")
-            right = scores.argmax(1) == gold
-        return torch.stack([losses.double(), right.double(), torch.ones(len(rows), dtype=torch.float64)])
+        model, size = self.accelerator.unwrap_model(self.model), self.args.per_device_eval_batch_size
+        return row_scores(model, rows, self.collator, task=self.task, batch_size=size)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint that could not be written is removed, so that no half of one is ever found."""

@@ -22,15 +22,9 @@ def optimizer(
     return torch.optim.AdamW(decayed([*trained(layers), *others(rest)], weight_decay), lr=learning_rate)
 
 
-def factors(layer: AdaptedLayer) -> list[nn.Parameter]:
-    """The tensors of a layer that are trained: its core, or those of A and B that are not frozen."""
-    found = (layer.A, layer.B) if layer.core is None else (layer.core,)
-    return [p for p in found if isinstance(p, nn.Parameter) and p.requires_grad]
-
-
 def trained(layers: Iterable[AdaptedLayer]) -> list[nn.Parameter]:
     """The trained tensors of all layers, a core that several of them share once."""
-    return list(dict.fromkeys(p for layer in layers for p in factors(layer)))
+    return list(dict.fromkeys(p for layer in layers for p in layer.trained()))
 
 
 def others(rest: Iterable[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:

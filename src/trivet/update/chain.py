@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from trivet.adapter.layers import AdaptedLayer
-from trivet.update.adamw import decayed, factors
+from trivet.update.adamw import decayed
 
 #: Rewrites `.grad` of the optimizer's parameters. What it remembers of one of them is in `optimizer.state[parameter]`:
 #: there `state_dict` finds it, and a change of rank transports it (keys ending in `_sq` and `gram` as such).
@@ -50,7 +50,7 @@ def rank_step(
         for layer in layers:
             rank = layer.rank if layer.core is None else layer.core.shape[-1]
             if rank not in (0, reference):
-                for p in factors(layer):
+                for p in layer.trained():
                     if p.grad is not None:
                         old[p] = (math.sqrt(reference / rank), p.detach().clone())
 
