@@ -215,21 +215,15 @@ def attach(loaded: Loaded, candidate: Candidate, config: Any, scale: float) -> A
     from functools import partial
 
     from trivet.adapter.attach import attach as attach_adapter
-    from trivet.data.batch import Collator
-    from trivet.data.encode import encode_dataset
-    from trivet.session import probe_loss
+    from trivet.session import probe_batches, probe_loss
 
-    size = config.training.batch_size
-    shown = loaded.splits.train.shuffled(config.training.seed).take(4 * size)  # as `session.begin` shows to a method
-    rows, _ = encode_dataset(shown, loaded.encoder)
-    collator = Collator(loaded.base.tokenizer.pad_token_id)
     return attach_adapter(
         loaded.base.model,
         lora_rank=candidate.rank,
         modules_to_save=loaded.base.fresh,
         task=loaded.base.task,
         method=candidate.method,
-        batches=[collator(rows[i : i + size]) for i in range(0, len(rows), size)],
+        batches=probe_batches(loaded.base, loaded.encoder, loaded.splits.train, config.training),
         loss=partial(probe_loss, task=loaded.base.task),
         seed=config.training.seed,
     )

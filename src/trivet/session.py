@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from trivet.adapter.attach import attach
 from trivet.adapter.save import load_adapter, read_config, read_notes
-from trivet.config import Config
+from trivet.config import Config, TrainingConfig
 from trivet.data.batch import Collator, to_device
 from trivet.data.dataset import Dataset
 from trivet.data.encode import IGNORE, Encoded, LabelEncoder, TextEncoder, encode_dataset
@@ -150,19 +150,19 @@ def begin(config: Config, train: Dataset) -> Session:
         modules_to_save=base.fresh,
         task=base.task,
         method=config.method,
-        batches=_probe_batches(config, base, encoder, train) if looking else None,
+        batches=probe_batches(base, encoder, train, config.training) if looking else None,
         loss=partial(probe_loss, task=base.task),
         seed=config.training.seed,
     )
     return Session(base, model, encoder, data)
 
 
-def _probe_batches(
-    config: Config, base: Base, encoder: TextEncoder | LabelEncoder, train: Dataset
+def probe_batches(
+    base: Base, encoder: TextEncoder | LabelEncoder, train: Dataset, training: TrainingConfig
 ) -> list[dict[str, torch.Tensor]]:
     """The rows of four training batches, for methods that look at the data before they start."""
-    size = config.training.batch_size
-    rows, _ = encode_dataset(train.shuffled(config.training.seed).take(4 * size), encoder)
+    size = training.batch_size
+    rows, _ = encode_dataset(train.shuffled(training.seed).take(4 * size), encoder)
     shift = base.model.prepare_decoder_input_ids_from_labels if base.task == "seq2seq" else None
     collator = Collator(base.tokenizer.pad_token_id, shift=shift)
     return [to_device(collator(rows[i : i + size]), base.device) for i in range(0, len(rows), size)]
