@@ -81,7 +81,10 @@ class LayerStatistics:
             right, left, psi = right / out, left / inner, psi * out
         directions, sizes, _ = torch.linalg.svd(right, full_matrices=False)
         q = directions[:, : min(rank, _numerical_rank(sizes))]
-        u, sigma, vt = torch.linalg.svd(torch.linalg.lstsq(psi.T @ q, left.T).solution, full_matrices=False)
+        # by QR, whose last bits are the same in every run (LAPACK's gelsy, behind `lstsq`, differs in them)
+        basis, triangle = torch.linalg.qr(psi.T @ q)
+        solution = torch.linalg.solve_triangular(triangle, basis.T @ left.T, upper=True)
+        u, sigma, vt = torch.linalg.svd(solution, full_matrices=False)
         return (q @ u).float(), sigma.float(), vt.T.float()
 
     def input_components(self, rank: int) -> torch.Tensor:
