@@ -4,12 +4,13 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow lint clean
+.PHONY: help quickstart test test-slow bench lint clean
 
 help:
 	@echo "make quickstart  fine-tune a real model on real data and show what it learned (about 10 minutes on 2 cores)"
 	@echo "make test        lint, types, import rules and tests (at most 15 minutes on 2 cores)"
 	@echo "make test-slow   the tests that take minutes each"
+	@echo "make bench       time training steps beside PEFT and TRL (DATA=folder for real rows; keep the machine idle)"
 
 $(VENV)/.runtime: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +36,9 @@ test: lint
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+bench: $(VENV)/.dev
+	$(BIN)/python bench/speed.py $(if $(DATA),--data "$(DATA)")
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -258,12 +258,12 @@ def follow_adalora(trainer: Any, model: Any) -> None:
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             model.base_model.update_and_allocate(state.global_step)
 
-    task_loss = trainer.compute_loss_func
+    task_loss = trainer.compute_loss
 
-    def loss(outputs: Any, labels: Any, **rest: Any) -> Any:
-        return task_loss(outputs, labels, **rest) + orthogonality(model)
+    def loss(*args: Any, **rest: Any) -> Any:
+        return task_loss(*args, **rest) + orthogonality(model)
 
-    trainer.compute_loss_func = loss
+    trainer.compute_loss = loss
     trainer.add_callback(Allocate())
     trainer.optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=trainer.args.learning_rate, weight_decay=0.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,33 +29,69 @@ def some_labels(rows: int, length: int, vocab: int) -> torch.Tensor:
     return labels
 
 
-@pytest.mark.parametrize("shifted", [True, False])
-def test_token_losses_equal_cross_entropy(shifted: bool) -> None:
-    labels = some_labels(3, 11, 17)
-    logits = torch.randn(3, 11, 17, generator=torch.Generator().manual_seed(0))
-    losses, right, row = token_losses(logits, labels, shifted=shifted)
+def some_batch(model: Any, rows: int = 3, length: int = 11) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Inputs of a tiny language model and labels."""
+    labels = some_labels(rows, length, 64)
+    batch = {"input_ids": torch.randint(1, 64, (rows, length), generator=torch.Generator().manual_seed(2))}
+    if model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+    return batch, labels
+
+
+def spread_model(kind: str, trained: bool = True) -> Any:
+    """A tiny language model whose logits are far from alike; its head is frozen where it is not trained."""
+    model = tiny_model(kind, 64).eval().requires_grad_(trained)
+    model.get_output_embeddings().weight.data.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
+    return model
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "t5", "bart"])
+def test_token_losses_equal_cross_entropy(kind: str, trained: bool) -> None:
+    model = spread_model(kind, trained)
+    shifted = not model.config.is_encoder_decoder
+    batch, labels = some_batch(model)
+    losses, right, row = token_losses(model, batch, labels, shifted=shifted)
+    logits = model(**batch).logits
     seen, wanted = (logits[:, :-1], labels[:, 1:]) if shifted else (logits, labels)
     expected = F.cross_entropy(seen.transpose(1, 2), wanted, reduction="none", ignore_index=IGNORE)
     torch.testing.assert_close(losses, expected[wanted != IGNORE])
+    assert float(losses.detach().std()) > 0.1  # of which no two are alike
     assert right.tolist() == (seen.argmax(-1) == wanted)[wanted != IGNORE].tolist()
     assert row.tolist() == [r for r in range(3) for _ in range(int((wanted[r] != IGNORE).sum()))]
 
 
-def test_token_losses_of_16_bit_logits_are_summed_in_32_bits() -> None:
-    labels, logits = some_labels(2, 9, 13), torch.randn(2, 9, 13).bfloat16()
-    losses, _, _ = token_losses(logits, labels, shifted=False)
+def test_hits_are_told_from_misses() -> None:
+    model = spread_model("llama", trained=False)
+    batch, labels = some_batch(model)
+    likeliest = model(**batch).logits.argmax(-1)
+    hits = torch.where(labels == IGNORE, IGNORE, likeliest)
+    hits[2, -1] = (hits[2, -1] + 1) % 64
+    _, right, _ = token_losses(model, batch, hits, shifted=False)
+    assert right.tolist() == [True] * (len(right) - 1) + [False]
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_token_losses_of_16_bit_logits_are_summed_in_32_bits(trained: bool) -> None:
+    model = spread_model("llama", trained).bfloat16()
+    batch, labels = some_batch(model)
+    losses, _, _ = token_losses(model, batch, labels, shifted=False)
     assert losses.dtype == torch.float32
-    torch.testing.assert_close(losses.mean(), F.cross_entropy(logits.float().flatten(0, 1), labels.flatten()))
+    logits = model(**batch).logits
+    assert logits.dtype == torch.bfloat16
+    expected = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(losses.mean(), expected, rtol=1e-4, atol=1e-4)  # in bfloat16 it would be 4e-3 off
+    loss = training_loss(model, batch, labels, task="seq2seq")
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "t5", "bart"])
 def test_training_loss_equals_the_models_own(kind: str) -> None:
     model = tiny_model(kind, 64).eval()
     task = "seq2seq" if model.config.is_encoder_decoder else "causal-lm"
-    inputs = torch.randint(1, 64, (3, 11), generator=torch.Generator().manual_seed(2))
-    labels = some_labels(3, 11, 64)
-    outputs = model(input_ids=inputs, labels=labels)
-    torch.testing.assert_close(training_loss(outputs, labels, task=task), outputs.loss)
+    batch, labels = some_batch(model)
+    outputs = model(input_ids=batch["input_ids"], labels=labels)
+    torch.testing.assert_close(training_loss(model, batch, labels, task=task), outputs.loss)
 
 
 @pytest.mark.parametrize("task", ["classification", "regression"])
@@ -66,18 +101,26 @@ def test_training_loss_of_heads_equals_the_models_own(task: str) -> None:
     body.config.num_labels, body.config.problem_type = (1 if task == "regression" else 3), problem
     model = hf.BertForSequenceClassification(body.config).eval()
     labels = torch.tensor([0.5, -1.0, 2.0]) if task == "regression" else torch.tensor([0, 2, 1])
-    outputs = model(input_ids=torch.randint(1, 64, (3, 7)), labels=labels)
-    torch.testing.assert_close(training_loss(outputs, labels, task=task), outputs.loss)
+    batch = {"input_ids": torch.randint(1, 64, (3, 7))}
+    outputs = model(**batch, labels=labels)
+    torch.testing.assert_close(training_loss(model, batch, labels, task=task), outputs.loss)
 
 
-def test_a_steps_micro_batches_add_up_to_the_mean_over_all_its_tokens() -> None:
-    labels, logits = some_labels(4, 15, 17), torch.randn(4, 15, 17)
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_steps_micro_batches_add_up_to_the_mean_over_all_its_tokens(trained: bool, z_loss: float) -> None:
+    model = spread_model("llama", trained)
+    batch, labels = some_batch(model, 4, 15)
     items = int((labels != IGNORE).sum())
     parts = [
-        training_loss(SimpleNamespace(logits=logits[i : i + 2]), labels[i : i + 2], items, task="seq2seq")
+        training_loss(
+            model, {"input_ids": batch["input_ids"][i : i + 2]}, labels[i : i + 2], items, task="seq2seq", z_loss=z_loss
+        )
         for i in (0, 2)
     ]
-    torch.testing.assert_close(sum(parts), F.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+    logits = model(**batch).logits.flatten(0, 1)
+    extra = z_loss * logits[labels.flatten() != IGNORE].logsumexp(-1).square().mean()
+    torch.testing.assert_close(sum(parts), F.cross_entropy(logits, labels.flatten()) + extra)
 
 
 # -- gradients through the real Trainer ----------------------------------------------------------------------

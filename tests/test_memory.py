@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from typing import Any
 
 import pytest
@@ -15,9 +16,10 @@ from trivet.memory import Estimate, current_memory, estimate, peak_memory
 @pytest.mark.skipif(torch.cuda.is_available(), reason="reports the GPU's memory here")
 def test_resident_memory_grows_with_what_is_held() -> None:
     before = current_memory()
-    held = torch.ones(64 * 2**20 // 4)  # 64 MiB, written to
+    held = mmap.mmap(-1, 64 * 2**20)  # from the system: the heap may have kept as much of what was freed before
+    held.write(b"x" * len(held))
     grown = current_memory() - before
-    assert 0.9 * held.nbytes <= grown <= 1.5 * held.nbytes
+    assert 0.9 * len(held) <= grown <= 2.5 * len(held)
     assert peak_memory() >= 0.95 * current_memory()
 
 

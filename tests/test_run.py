@@ -18,7 +18,8 @@ from trivet.configio import load
 from trivet.data.dataset import load_dataset
 from trivet.errors import ConfigError, DataError, RunExistsError, TrivetError
 from trivet.evaluation import evaluate_adapter
-from trivet.run import Outcome, planned_steps, train
+from trivet.run import Outcome, train
+from trivet.schedule import planned_steps
 from trivet.splits import load_splits
 
 QUICK: dict[str, Any] = {
@@ -348,7 +349,7 @@ def test_steps_are_planned_as_the_trainer_takes_them(tiny: Any, tmp_path: Path) 
         settings = {"training.batch_size": size, "training.gradient_accumulation_steps": accumulate}
         settings |= {"training.num_epochs": epochs, "training.max_steps": None, "data.validation": None}
         config = load(values=QUICK | settings)
-        assert planned_steps(config, 22) == steps
+        assert planned_steps(config, [{"input_ids": [1]}] * 22) == steps
         outcome = run(tiny("gpt2"), tmp_path / f"{size}-{accumulate}", train=rows, **settings)
         assert outcome.result["steps"] == steps
 

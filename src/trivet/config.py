@@ -137,6 +137,19 @@ class TrainingConfig:
     )
     weight_decay: float = option(0.0, "decoupled weight decay on the adapter", at_least=0)
     max_grad_norm: float = option(1.0, "clip the gradient's norm here; 0 for no clipping", at_least=0)
+    z_loss: float = option(
+        0.0, "weight of log² Z, the softmax's denominator, in a language model's loss; 1e-4 is common", at_least=0
+    )
+    keep_freed_memory: bool = option(
+        True, "keep memory that a step freed for the next one, on Linux with glibc: fewer page faults"
+    )
+    packing: bool = option(
+        False, "put a batch's rows behind each other instead of padding them; none sees another (causal models)"
+    )
+    max_tokens_per_batch: int | None = option(
+        None, "batches of at most so many tokens, padding included, instead of batch_size rows", at_least=1
+    )
+    fast: bool = option(True, "use trivet's own attention (on CPUs), norms and adapted layers, which compute the same")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     eval_steps: int | None = option(
         None, "validate and checkpoint every so many steps; null means 5 times a run", at_least=1

@@ -1,58 +1,78 @@
 """Cross-entropy where there are labels, shared by training and evaluation.
 
-Only supervised positions are looked at: the logits of all others (padding, prompts) are never converted or reduced.
+Only supervised positions are looked at: the logits of all others (padding, prompts) are never computed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from trivet.data.encode import IGNORE
+from trivet.head import supervised_losses
 
 
 def token_losses(
-    logits: torch.Tensor, labels: torch.Tensor, *, shifted: bool
+    model: Any, batch: Mapping[str, torch.Tensor], labels: torch.Tensor, *, shifted: bool, z_loss: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The negative log-likelihood of every supervised token.
 
     Args:
-        logits: (batch, length, vocabulary), any float type.
+        model: a language model.
+        batch: its inputs, without labels.
         labels: (batch, length); -100 where nothing is learned.
         shifted: position t predicts label t + 1 (causal language models) rather than label t (encoder-decoders).
+        z_loss: see `trivet.kernels.cross_entropy.linear_cross_entropy`.
 
     Returns:
         Over the n supervised tokens in row order: losses in nats (n, float32), whether the most likely token was the
         right one (n, bool), and each one's row in the batch (n, int64).
     """
     if shifted:
-        logits, labels = logits[:, :-1], labels[:, 1:]
+        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        batch = _without_idle_mask(batch)
     chosen = labels != IGNORE
-    scores, targets = logits[chosen].float(), labels[chosen]
-    losses = F.cross_entropy(scores, targets, reduction="none")
-    return losses, scores.argmax(-1) == targets, chosen.nonzero()[:, 0]
+    losses, right = supervised_losses(model, batch, chosen, labels[chosen], z_loss=z_loss)
+    return losses, right, chosen.nonzero()[:, 0]
+
+
+def _without_idle_mask(batch: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """Padding on the right comes after all that a causal model sees at a token: without a mask, attention is faster."""
+    mask = batch.get("attention_mask")
+    if mask is None or mask.dim() != 2 or not bool(mask[:, 0].all()) or not bool((mask[:, 1:] <= mask[:, :-1]).all()):
+        return batch
+    return {key: value for key, value in batch.items() if key != "attention_mask"}
 
 
 def training_loss(
-    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None, *, task: str
+    model: Any,
+    batch: Mapping[str, torch.Tensor],
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    *,
+    task: str,
+    z_loss: float = 0.0,
 ) -> torch.Tensor:
     """The loss of a micro-batch, weighted so that a whole optimizer step is the mean over all its supervised items.
 
     Args:
-        outputs: the model's outputs, with `logits`.
+        model: what is trained.
+        batch: its inputs, without labels.
         labels: token ids (batch, length), class indices (batch,) or numbers (batch,).
         num_items_in_batch: supervised tokens (or rows) in all micro-batches of the step; None for this one alone.
         task: causal-lm, seq2seq, classification or regression.
+        z_loss: see `token_losses`; of language models.
     """
     if task == "regression":
-        total = F.mse_loss(outputs.logits.float().squeeze(-1), labels.float(), reduction="sum")
+        total = F.mse_loss(model(**batch).logits.float().squeeze(-1), labels.float(), reduction="sum")
         count = labels.numel()
     elif task == "classification":
-        total = F.cross_entropy(outputs.logits.float(), labels, reduction="sum")
+        total = F.cross_entropy(model(**batch).logits.float(), labels, reduction="sum")
         count = labels.numel()
     else:
-        losses, _, _ = token_losses(outputs.logits, labels, shifted=task == "causal-lm")
+        losses, _, _ = token_losses(model, batch, labels, shifted=task == "causal-lm", z_loss=z_loss)
         total, count = losses.sum(), losses.numel()
     return total / (count if num_items_in_batch is None else num_items_in_batch)

@@ -119,9 +119,14 @@ class Collector:
         for sums in self._sums.values():
             if counts:
                 sums.fold(None if items is None else float(items), loss_scale, self._decay)
+        self.discard()
+        return counts
+
+    def discard(self) -> None:
+        """Forget what was recorded since the last `fold`."""
+        for sums in self._sums.values():
             for t in sums.now.values():
                 t.zero_()
-        return counts
 
     def statistics(self) -> dict[str, LayerStatistics]:
         """What the folded measurements say, by layer name; zeros for a layer that no gradient reached."""

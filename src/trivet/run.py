@@ -8,7 +8,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments
 from trivet.adapter.attach import trainable_parameters
 from trivet.adapter.plan import optimizer
 from trivet.adapter.save import save_adapter
+from trivet.allocator import keep_freed_memory
 from trivet.config import Config
 from trivet.configio import dump
 from trivet.configio import load as load_config
@@ -31,7 +32,8 @@ from trivet.evaluate.measure import Evaluation, Settings, write_predictions
 from trivet.pictures import rank_map, rank_path
 from trivet.result import build_result
 from trivet.runfolder import RunFolder, storage, write_json, write_text
-from trivet.session import Session, begin, check_format
+from trivet.schedule import planned_steps, token_batches
+from trivet.session import Session, begin, check_format, check_packing
 from trivet.splits import Splits, load_splits
 from trivet.train.callback import RunLog
 from trivet.train.checkpoint import newest_checkpoint, step_of
@@ -115,6 +117,8 @@ def train(
     began = time.perf_counter()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("trivet trains in one process so far; start it without torchrun or accelerate launch")
+    if config.training.keep_freed_memory:
+        keep_freed_memory()
     folder = RunFolder(Path(config.output_dir))
     folder.check_free(resume=resume, overwrite=overwrite)
     if resume:
@@ -174,7 +178,9 @@ def make_trainer(ready: Prepared, folder: RunFolder, log_callback: RunLog) -> Tr
     """The Trainer for a prepared run."""
     settings, session = ready.config.training, ready.session
     held = ready.validation_rows
-    steps = planned_steps(ready.config, len(ready.train_rows))
+    steps = planned_steps(ready.config, ready.train_rows)
+    if settings.packing:
+        check_packing(session, ready.train_rows)
     every = settings.eval_steps or max(1, -(-steps // 5))
     callbacks: list[Any] = [log_callback]
     if settings.early_stopping_patience is not None:
@@ -223,23 +229,16 @@ def make_trainer(ready: Prepared, folder: RunFolder, log_callback: RunLog) -> Tr
         task=session.base.task,
         train_rows=ready.train_rows,
         validation_rows=held,
-        collator=session.collator,
+        collator=replace(session.collator, packed=settings.packing),
         optimizer=optimizer,
         callbacks=callbacks,
         tokenizer=session.tokenizer,
+        z_loss=settings.z_loss,
+        batches=token_batches(ready.config, ready.train_rows),
     )
     trainer.remove_callback(transformers.PrinterCallback)
     log_callback.bind(trainer)
     return trainer
-
-
-def planned_steps(config: Config, rows: int) -> int:
-    """Optimizer steps of the whole run on one device."""
-    settings = config.training
-    if settings.max_steps is not None:
-        return settings.max_steps
-    batches = -(-rows // settings.batch_size)
-    return max(1, round(-(-batches // settings.gradient_accumulation_steps) * settings.num_epochs))
 
 
 @contextlib.contextmanager

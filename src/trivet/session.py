@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from trivet.data.dataset import Dataset
 from trivet.data.encode import IGNORE, Encoded, LabelEncoder, TextEncoder, encode_dataset
 from trivet.errors import AdapterError, ConfigError, DataError
 from trivet.evaluate.measure import Evaluator, Settings
-from trivet.loss import training_loss
+from trivet.loss import token_losses, training_loss
 from trivet.methods import find_method
 from trivet.model import Base, load_base
 
@@ -153,8 +153,39 @@ def begin(config: Config, train: Dataset) -> Session:
         batches=probe_batches(base, encoder, train, config.training) if looking else None,
         loss=partial(probe_loss, task=base.task),
         seed=config.training.seed,
+        fast=config.training.fast,
     )
     return Session(base, model, encoder, data)
+
+
+def check_packing(session: Session, rows: Sequence[Encoded]) -> None:
+    """Show that rows which are packed give the losses that they give each on its own.
+
+    Raises:
+        ConfigError: the model can't keep them apart, or is no causal one.
+    """
+    told = "training.packing: "
+    if session.base.task != "causal-lm":
+        raise ConfigError(f"{told}is for causal language models, and the task is {session.base.task}; set it to false")
+    few = _clipped(sorted(rows, key=lambda row: len(row["input_ids"]))[:3])
+    packed = replace(session.collator, packed=True)(few)
+    borderless = {key: packed[key] for key in ("input_ids", "labels")}
+    was_training = session.model.training
+    session.model.eval()
+
+    def losses(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        batch = to_device(batch, session.base.device)
+        labels = batch.pop("labels")
+        return token_losses(session.model, batch, labels, shifted=True)[0].detach()  # with gradient, as in training
+
+    alone, together, seeing = losses(session.collator(few)), losses(packed), losses(borderless)
+    session.model.train(was_training)
+    apart, wrong = (float((other - alone).abs().max()) for other in (together, seeing))
+    if apart > max(0.2 * wrong, 1e-3):
+        raise ConfigError(
+            f"{told}{type(session.base.model).__name__} gives packed rows other losses than single ones "
+            f"(by up to {apart:.2g}): they would see each other; set it to false"
+        )
 
 
 def probe_batches(
@@ -173,7 +204,7 @@ def probe_loss(model: Any, batch: Mapping[str, torch.Tensor], *, task: str) -> t
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     labels = batch["labels"]
     items = labels.numel() if task in LABELLED else int((labels != IGNORE).sum())
-    return training_loss(model(**inputs), labels, items, task=task), items
+    return training_loss(model, inputs, labels, items, task=task), items
 
 
 def make_encoder(base: Base, data: dict[str, Any]) -> TextEncoder | LabelEncoder:

@@ -14,11 +14,13 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from trivet.adapter.fast import make_fast
 from trivet.adapter.layers import AdaptedLayer, adapted_layers
 from trivet.adapter.plan import Plan
 from trivet.adapter.resize import set_ranks, write_patterns
 from trivet.adapter.statistics import LayerStatistics
 from trivet.errors import AdapterError, ConfigError
+from trivet.fast import speed_up
 from trivet.methods import find_method
 from trivet.model import head_names
 from trivet.probe import probe
@@ -44,6 +46,7 @@ def attach(
     batches: Iterable[Mapping[str, torch.Tensor]] | None = None,
     loss: Callable[[Any, Mapping[str, torch.Tensor]], tuple[torch.Tensor, int]] | None = None,
     seed: int = 42,
+    fast: bool = True,
 ) -> PeftModel:
     """Attach a LoRA adapter; the model's outputs do not change until it is trained.
 
@@ -61,6 +64,7 @@ def attach(
         batches: a few batches of model inputs with labels, for methods that look at the data first.
         loss: (model, batch) -> (mean loss, number of items in it) for those batches; default: the model's own loss.
         seed: seeds the factors, independent of torch's global state.
+        fast: replace adapted layers, attention (on CPUs) and norms by faster ones that compute the same.
 
     Returns:
         A `peft.PeftModel`. A classification or regression head is trained and saved with the adapter.
@@ -105,6 +109,9 @@ def attach(
                 f"model.target_modules {targets}: {str(error).rstrip('.')}. Linear layers of this model: "
                 f"{', '.join(sorted(linear))}; write them as a list"
             ) from error
+    if fast:
+        make_fast(adapted)
+        speed_up(model)
     layers = adapted_layers(adapted)
     total = sum(p.numel() for p in adapted.parameters()) - sum(x.A.numel() + x.B.numel() for x in layers)
     statistics: Mapping[str, LayerStatistics] | None = None

@@ -27,7 +27,8 @@ def register(app: typer.Typer) -> None:
         from rich.console import Console
 
         from trivet.memory import estimate  # imports torch: not before the config is right
-        from trivet.run import planned_steps, prepare
+        from trivet.run import prepare
+        from trivet.schedule import planned_steps
 
         ready = prepare(config, Console(highlight=False))
         for index, row in enumerate(ready.train_rows[:rows]):
@@ -40,7 +41,7 @@ def register(app: typer.Typer) -> None:
             checkpointing=config.training.gradient_checkpointing,
         )
         typer.echo(
-            f"\n{planned_steps(config, len(ready.train_rows)):,} steps; estimated memory at the longest rows: "
+            f"\n{planned_steps(config, ready.train_rows):,} steps; estimated memory at the longest rows: "
             f"{needed.total / 2**30:.1f} GiB ({needed}). Nothing was trained or written; the config is valid."
         )
 

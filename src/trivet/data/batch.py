@@ -1,12 +1,13 @@
-"""Encoded rows as padded tensors."""
+"""Encoded rows as tensors: padded to one length, or packed behind each other."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from trivet.data.encode import IGNORE, Encoded
 
@@ -17,14 +18,24 @@ class Collator:
 
     `side` is where padding goes: right to train and to score, left to generate. Encoder-decoders also get
     `decoder_input_ids`, made from the labels by `shift` (the model's own function).
+
+    Packed, the rows of a batch become one, without padding: positions begin anew with each row, and the rows' borders
+    are given as transformers' attention functions read them, so that no row sees another (causal models alone).
     """
 
     pad_id: int
     multiple: int = 8
     side: str = "right"
     shift: Callable[..., torch.Tensor] | None = None
+    packed: bool = False
+
+    def padded(self) -> Collator:
+        """The same without packing."""
+        return replace(self, packed=False)
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+        if self.packed:
+            return self._pack(rows)
         length = self._round(max(len(row["input_ids"]) for row in rows))
         batch = {
             "input_ids": self._stack([row["input_ids"] for row in rows], self.pad_id, length),
@@ -41,6 +52,24 @@ class Collator:
             batch["labels"] = torch.tensor(labels)
         return batch
 
+    def _pack(self, rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+        ids = [torch.tensor(row["input_ids"]) for row in rows]
+        lengths = [len(i) for i in ids]
+        rest = self._round(sum(lengths)) - sum(lengths)  # a last row, of padding or empty
+        labels = torch.cat([torch.tensor(row["labels"]) for row in rows])
+        positions = [torch.arange(n) for n in (*lengths, rest)]
+        borders = torch.tensor([0, *lengths, rest]).cumsum(0)
+        return {
+            "input_ids": F.pad(torch.cat(ids), (0, rest), value=self.pad_id)[None],
+            "position_ids": torch.cat(positions)[None],
+            "labels": F.pad(labels, (0, rest), value=IGNORE)[None],
+            "cu_seq_lens_q": borders.int(),
+            "cu_seq_lens_k": borders.int(),
+            "max_length_q": max(lengths),  # type: ignore[dict-item]
+            "max_length_k": max(lengths),  # type: ignore[dict-item]
+            "use_cache": False,  # type: ignore[dict-item] # with a cache, transformers does not look for borders
+        }
+
     def _round(self, length: int) -> int:
         return -(-length // self.multiple) * self.multiple
 
@@ -55,6 +84,20 @@ class Collator:
         return out
 
 
+def tokens_in(batch: dict[str, Any]) -> torch.Tensor:
+    """How many tokens the batch's rows have, without padding."""
+    if "attention_mask" in batch:
+        return batch["attention_mask"].sum()
+    return batch["cu_seq_lens_q"][-2]  # the last row is padding
+
+
+def tokens_of(row: Encoded) -> int:
+    """How many tokens a row takes: an encoder-decoder's answers have room of their own."""
+    labels = row.get("labels")
+    beside = isinstance(labels, list) and len(labels) != len(row["input_ids"])
+    return len(row["input_ids"]) + (len(labels) if beside else 0)  # type: ignore[arg-type]
+
+
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """The batch's tensors on the model's device."""
-    return {key: value.to(device) for key, value in batch.items()}
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}

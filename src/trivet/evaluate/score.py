@@ -39,7 +39,7 @@ def likelihood(model: Any, rows: Sequence[Encoded], collator: Collator, *, task:
     for indices in _batches(rows, batch_size):
         batch = to_device(collator([rows[i] for i in indices]), model.device)
         labels = batch.pop("labels")
-        losses, right, row = token_losses(model(**batch).logits, labels, shifted=task == "causal-lm")
+        losses, right, row = token_losses(model, batch, labels, shifted=task == "causal-lm")
         for slot, values in enumerate((losses.double(), torch.ones_like(losses), right)):
             sums = torch.zeros(len(indices), dtype=torch.float64, device=losses.device)
             out[slot, indices] = sums.index_add_(0, row, values.double()).cpu().numpy()

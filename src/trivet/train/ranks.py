@@ -99,6 +99,13 @@ class RankCallback(TrainerCallback):  # type: ignore[misc]
             self.policy.observe(self.layers)
             self.seconds += time.perf_counter() - began
 
+    def give_up(self) -> None:
+        """Measure nothing in this step: a backward pass broke off in it."""
+        if self.collector is not None and self._measuring:
+            self.collector.off()
+            self.collector.discard()
+            self._measuring = False
+
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         if self.collector is None:
             return

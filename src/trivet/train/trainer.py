@@ -3,45 +3,24 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from trivet.data.batch import Collator
+from trivet.data.batch import Collator, tokens_in
 from trivet.data.encode import IGNORE, Encoded
 from trivet.evaluate.score import row_scores
 from trivet.loss import training_loss
 from trivet.runfolder import storage
+from trivet.train.oom import Halver
 from trivet.train.ranks import RankCallback
+from trivet.train.sampler import LengthSampler, TokenBudgetSampler
 
 #: The update rule: model, learning_rate=, weight_decay= -> optimizer.
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
-
-
-class LengthSampler(torch.utils.data.Sampler[int]):
-    """Rows of similar length follow each other (little padding), in an order that seed and epoch alone decide.
-
-    transformers' own sampler draws from torch's global state, so a resumed run would go through other rows.
-    """
-
-    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer before each pass, also when it resumes in the middle of one."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
 class Trainer(transformers.Trainer):  # type: ignore[misc]
@@ -67,13 +46,18 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         optimizer: OptimizerFactory,
         callbacks: list[transformers.TrainerCallback],
         tokenizer: Any,
+        z_loss: float = 0.0,
+        batches: TokenBudgetSampler | None = None,
     ) -> None:
+        """`collator` makes the training's batches; `batches` says which rows go together, else batch_size of them."""
+        self.z_loss, self.batches = z_loss, batches
         self.task, self.collator, self.optimizer_factory = task, collator, optimizer
         self.ranks = RankCallback(
             model,
             validation=self.row_losses if validation_rows else None,
             items=lambda: self.step_supervised,
         )
+        self.halver = Halver(model, self.ranks.give_up)
         #: Tokens of the step under way, without padding; and those of them that are learned.
         self.step_tokens = self.step_supervised = 0
         super().__init__(
@@ -82,7 +66,6 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             train_dataset=train_rows,  # type: ignore[arg-type]
             eval_dataset=validation_rows,  # type: ignore[arg-type]
             data_collator=collator,
-            compute_loss_func=partial(training_loss, task=task),
             callbacks=[self.ranks, *callbacks],
             processing_class=tokenizer,
         )
@@ -91,6 +74,19 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         rows = self.train_dataset if train_dataset is None else train_dataset
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return LengthSampler([len(row["input_ids"]) for row in rows], step, self.args.seed)
+
+    def get_train_dataloader(self) -> Any:
+        """Batches of the training rows; every process takes its share of them."""
+        if self.batches is None:
+            return super().get_train_dataloader()
+        loader = torch.utils.data.DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_sampler=self.batches,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The micro-batches of one step and the number of supervised items in them, over all devices."""
@@ -103,7 +99,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             items = sum(batch["labels"].numel() for batch in batches)
         else:  # labels of first tokens are -100 already, so causal and aligned labels are counted alike
             items = sum((batch["labels"] != IGNORE).sum() for batch in batches)
-        tokens = sum(batch["attention_mask"].sum() for batch in batches)
+        tokens = sum(tokens_in(batch) for batch in batches)
         if self.task == "seq2seq":
             tokens = tokens + items
         counts = torch.stack([torch.as_tensor(items), torch.as_tensor(tokens)]).to(device)
@@ -111,6 +107,22 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             counts = self.accelerator.reduce(counts, "sum")
         self.step_supervised, self.step_tokens = (int(c) for c in counts)
         return batches, counts[0]
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward pass of a micro-batch, in halves where memory has no room for it."""
+        step = super().training_step
+        if self.args.world_size > 1 or self.collator.packed:  # processes step together; packed rows are one
+            return step(model, inputs, num_items_in_batch)
+        return self.halver.run(lambda batch: step(model, batch, num_items_in_batch), inputs)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The training loss of a micro-batch; gradients are averaged over processes, so theirs are summed before."""
+        labels = inputs.pop("labels")
+        loss = training_loss(model, inputs, labels, num_items_in_batch, task=self.task, z_loss=self.z_loss)
+        loss = loss * self.args.world_size
+        return (loss, None) if return_outputs else loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The method's update rule over everything that is trained."""
@@ -154,7 +166,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
     def _score(self, rows: Any) -> torch.Tensor:
         """Per row: summed loss, right answers, and items; (3, rows) float64."""
         model, size = self.accelerator.unwrap_model(self.model), self.args.per_device_eval_batch_size
-        return row_scores(model, rows, self.collator, task=self.task, batch_size=size)
+        return row_scores(model, rows, self.collator.padded(), task=self.task, batch_size=size)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint that could not be written is removed, so that no half of one is ever found."""

@@ -1,0 +1,263 @@
+"""One contender of `bench/speed.py`, in a process of its own; what it says and hears is in `speed_child`.
+
+Here are the plain training loops and the arithmetic floor; sides that go through a Trainer are in `speed_trainers`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from speed_child import Turns, loop, lora
+from torch import nn
+
+#: Llama architectures with random weights, for GPUs: the second and third have the shapes of Llama 3.2 1B and 3.1 8B.
+SIZES = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True},
+    "0.5b": {"hidden_size": 1280, "intermediate_size": 3584, "num_hidden_layers": 24, "num_attention_heads": 20,
+             "num_key_value_heads": 4, "vocab_size": 49152, "tie_word_embeddings": True},
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False},
+}  # fmt: skip
+#: The sides' types; trivet and the floor have trivet's own choice, bfloat16 where the processor computes in it.
+DTYPES = {"peft-bf16": "bfloat16", "peft-best": "bfloat16", "peft-fp32": "float32"}
+RATE = 1e-4
+
+
+def causal_model(spec: dict[str, Any], dtype: str) -> Any:
+    """The language model that every side trains: demo's weights, or random ones of a size."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from trivet.model import load_base, pick_dtype
+
+    if not spec["size"]:
+        return load_base(spec["base"], task="causal-lm", dtype=dtype, device=spec["device"]).model
+    kind = pick_dtype(dtype, torch.device(spec["device"]))
+    config = LlamaConfig(**SIZES[spec["size"]], max_position_embeddings=8192, use_cache=False, dtype=kind)
+    return random_model(LlamaForCausalLM, config, kind, spec["device"])
+
+
+def random_model(kind: Any, config: Any, dtype: torch.dtype, device: str) -> Any:
+    """A model with random weights, the same for one seed, made where it will be."""
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return kind(config)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def numbers(model: nn.Module) -> dict[str, int]:
+    """Weights that are multiplied by every token: frozen ones (with the head, without embeddings), and trained ones."""
+    linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    return {
+        "frozen": sum(w.numel() for w in linear if not w.requires_grad),
+        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+
+
+def random_ids(step: int, rows: int, length: int, vocabulary: int, device: str) -> torch.Tensor:
+    """(rows, length) token ids, the same for every side in the same step."""
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(5, vocabulary, (rows, length), generator=generator).to(device)
+
+
+def trainer_loop(turns: Turns, model: Any, optimizer: Any, loss: Callable[[int], tuple[Any, dict[str, int]]]) -> None:
+    """forward, backward, optimizer step; nothing else."""
+    model.train()
+
+    def work(step: int) -> dict[str, int]:
+        value, counts = loss(step)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return counts
+
+    turns.facts |= numbers(model)
+    loop(turns, work)
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
+
+
+def dense(turns: Turns, spec: dict[str, Any]) -> None:
+    """Random tokens, every one of them a label: the same work for all sides."""
+    side, rows, length = spec["side"], spec["rows"], spec["length"]
+    counts = {"rows": rows, "tokens": rows * length, "supervised": rows * (length - 1)}
+    if side == "unsloth":
+        model, made = unsloth_model(turns, spec)
+    else:
+        made = causal_model(spec, DTYPES.get(side, "auto"))
+        turns.loaded(made)
+    if side == "floor":
+        return loop(turns, floor(made, rows, length, counts))
+    vocabulary = made.config.vocab_size
+
+    def ids(step: int) -> torch.Tensor:
+        return random_ids(step, rows, length, vocabulary, spec["device"])
+
+    if side.startswith("trivet"):
+        from trivet import attach, optimizer
+        from trivet.allocator import keep_freed_memory
+        from trivet.loss import training_loss
+
+        keep_freed_memory()  # as `trivet train` does
+        model = attach(made, lora_rank=16, task="causal-lm")
+
+        def ours(step: int) -> tuple[Any, dict[str, int]]:
+            batch = ids(step)
+            inputs = {"input_ids": batch, "attention_mask": torch.ones_like(batch)}
+            return training_loss(model, inputs, batch, task="causal-lm"), counts
+
+        return trainer_loop(turns, model, optimizer(model, learning_rate=RATE), ours)
+    if side != "unsloth":
+        model = lora(made, "CAUSAL_LM", 16, autocast_adapter_dtype=side != "peft-best")
+
+    def theirs(step: int) -> tuple[Any, dict[str, int]]:
+        batch = ids(step)
+        return model(input_ids=batch, labels=batch).loss, counts
+
+    return trainer_loop(turns, model, adamw(model), theirs)
+
+
+def floor(model: Any, rows: int, length: int, counts: dict[str, int]) -> Callable[[int], dict[str, int]]:
+    """The matrix products that no such step can do without, alone: x Wᵀ and g W of every frozen layer and the head.
+
+    The first layer's query, key and value need no g W, as the embeddings below them are frozen; the head sees the
+    positions that have a label. Inputs and outputs are there before the clock starts.
+    """
+    head = model.get_output_embeddings()
+    jobs = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            count = counts["supervised"] if module is head else rows * length
+            jobs.append((module.weight.detach(), count, not re.search(r"layers\.0\..*\b[qkv]_proj$", name)))
+    made: dict[tuple[str, int, int], torch.Tensor] = {}
+
+    def buffer(what: str, count: int, width: int, like: torch.Tensor) -> torch.Tensor:
+        if (what, count, width) not in made:
+            made[what, count, width] = torch.randn(count, width).to(like)
+        return made[what, count, width]
+
+    forward = [(buffer("x", n, w.shape[1], w), w.T, buffer("y", n, w.shape[0], w)) for w, n, _ in jobs]
+    backward = [(buffer("g", n, w.shape[0], w), w, buffer("dx", n, w.shape[1], w)) for w, n, back in jobs if back]
+
+    def work(step: int) -> dict[str, int]:
+        for left, right, out in [*forward, *reversed(backward)]:
+            torch.mm(left, right, out=out)
+        return counts
+
+    return work
+
+
+def unsloth_model(turns: Turns, spec: dict[str, Any]) -> tuple[Any, Any]:
+    """unsloth reads its model from a folder with a tokenizer: the same random weights, saved and read again."""
+    from unsloth import FastLanguageModel
+
+    from trivet.demo import demo_path
+
+    with tempfile.TemporaryDirectory() as folder:
+        made = causal_model(spec, "bfloat16")
+        made.save_pretrained(folder)
+        del made
+        from transformers import AutoTokenizer
+
+        AutoTokenizer.from_pretrained(demo_path("demo")).save_pretrained(folder)
+        torch.cuda.empty_cache()
+        model, _ = FastLanguageModel.from_pretrained(
+            folder, max_seq_length=spec["length"], dtype=torch.bfloat16, load_in_4bit=False
+        )
+    turns.loaded(model)
+    adapted = FastLanguageModel.get_peft_model(
+        model,
+        r=16,
+        lora_alpha=32,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        use_gradient_checkpointing=False,
+    )
+    return FastLanguageModel.for_training(adapted) or adapted, model
+
+
+def seq2seq(turns: Turns, spec: dict[str, Any]) -> None:
+    """An encoder-decoder of BART base's size with random weights: 8 rows of 128 tokens to 64."""
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    from trivet.model import pick_dtype
+
+    side, rows, device = spec["side"], spec["rows"], spec["device"]
+    layers = {f"{part}_layers": 2 if spec["size"] == "tiny" else 6 for part in ("encoder", "decoder")}
+    width = {"d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "vocab_size": 512}
+    width |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    if spec["size"] != "tiny":
+        width = {"d_model": 768, "encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072, "vocab_size": 50265}
+        width |= {"encoder_attention_heads": 12, "decoder_attention_heads": 12}
+    config = BartConfig(**layers, **width, use_cache=False)
+    base = random_model(
+        BartForConditionalGeneration, config, pick_dtype(DTYPES.get(side, "auto"), torch.device(device)), device
+    )
+    turns.loaded(base)
+    length, answer = spec["length"], spec["length"] // 2
+    counts = {"rows": rows, "tokens": rows * (length + answer), "supervised": rows * answer}
+
+    def pair(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = random_ids(step, rows, length + answer, config.vocab_size, device)
+        return ids[:, :length].contiguous(), ids[:, length:].contiguous()
+
+    if side == "trivet":
+        from trivet import attach, optimizer
+        from trivet.allocator import keep_freed_memory
+        from trivet.loss import training_loss
+
+        keep_freed_memory()  # as `trivet train` does
+        model = attach(base, lora_rank=16, task="seq2seq")
+
+        def ours(step: int) -> tuple[Any, dict[str, int]]:
+            source, labels = pair(step)
+            shifted = base.prepare_decoder_input_ids_from_labels(labels)
+            batch = {"input_ids": source, "attention_mask": torch.ones_like(source), "decoder_input_ids": shifted}
+            return training_loss(model, batch, labels, task="seq2seq"), counts
+
+        return trainer_loop(turns, model, optimizer(model, learning_rate=RATE), ours)
+    model = lora(base, "SEQ_2_SEQ_LM", 16)
+
+    def theirs(step: int) -> tuple[Any, dict[str, int]]:
+        source, labels = pair(step)
+        return model(input_ids=source, attention_mask=torch.ones_like(source), labels=labels).loss, counts
+
+    return trainer_loop(turns, model, adamw(model), theirs)
+
+
+def main() -> None:
+    spec = json.loads(sys.argv[1])
+    package = {"unsloth": "unsloth", "trl": "trl"}.get(spec["side"].partition("-")[0])
+    if package and find_spec(package) is None:
+        raise SystemExit(f"{package} is not installed here")
+    if spec["device"] == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("this machine has no CUDA device that torch can use")
+    ours = ("trivet.adapter.attach", "trivet.adapter.plan", "trivet.loss")
+    for name in ours if spec["side"].startswith("trivet") else (*([package] if package else []), "peft"):
+        import_module(name)  # now, so that code is not taken for the training's memory; unsloth wants to be first
+    turns = Turns(spec["device"])
+    if spec["kind"] in ("dense", "seq2seq"):
+        (dense if spec["kind"] == "dense" else seq2seq)(turns, spec)
+    else:
+        import speed_trainers
+
+        speed_trainers.run(turns, spec)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The arithmetic of `bench/speed.py`: rates, paired ratios, quartiles, the share of a GPU's peak, and the table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+UNITS = ("rows", "tokens", "supervised")
+#: Dense bfloat16 FLOP/s of the makers' data sheets, by a part of the device's name.
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+
+
+def quartiles(values: Sequence[float]) -> dict[str, float]:
+    """The median and the quartiles, by linear interpolation between the sorted values (as numpy.percentile does)."""
+    ordered = sorted(values)
+
+    def at(share: float) -> float:
+        place = share * (len(ordered) - 1)
+        low = int(place)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+    return {"median": at(0.5), "q1": at(0.25), "q3": at(0.75)}
+
+
+def summary(steps: list[dict[str, Any]], warmup: int, ready: dict[str, Any], ready_seconds: float) -> dict[str, Any]:
+    """What one side did.
+
+    Args:
+        steps: its answers in order, with seconds, rows, tokens, supervised and peak_extra_bytes.
+        warmup: how many of the first are not measured.
+        ready: what it said when its model was loaded.
+        ready_seconds: from the start of the process until it was ready for the first step.
+    """
+    measured = steps[warmup:]
+    seconds = [step["seconds"] for step in measured]
+    counts = {unit: [step[unit] for step in measured] for unit in UNITS}
+    return {
+        **ready,
+        "seconds": seconds,
+        "warmup_seconds": [step["seconds"] for step in steps[:warmup]],
+        **counts,
+        "step_seconds": quartiles(seconds),
+        **{f"{unit}_per_second": sum(counts[unit]) / sum(seconds) for unit in UNITS},
+        "peak_extra_bytes": max(step["peak_extra_bytes"] for step in steps),
+        "ready_seconds": ready_seconds,
+        "first_step_seconds": ready_seconds + steps[0]["seconds"],
+    }
+
+
+def ratios(sides: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """How many times as fast the first side is as each other one, by rows, tokens and supervised tokens a second.
+
+    Each is taken round by round (steps of one round were taken right after each other), then the median and the
+    quartiles of the rounds; `overall` is the ratio of the rates of all measured steps together.
+    """
+    first, *others = sides
+    if "failed" in sides[first]:
+        return {}
+    ours, out = sides[first], {}
+    for name in others:
+        theirs = sides[name]
+        if "failed" in theirs:
+            continue
+        out[name] = {}
+        for unit in UNITS:
+            paired = [
+                (a / s) / (b / t)
+                for a, s, b, t in zip(ours[unit], ours["seconds"], theirs[unit], theirs["seconds"], strict=True)
+            ]
+            rate = f"{unit}_per_second"
+            out[name][unit] = {**quartiles(paired), "paired": paired, "overall": ours[rate] / theirs[rate]}
+    return out
+
+
+def utilisation(side: dict[str, Any], peak: float) -> float:
+    """Model FLOPs utilisation, a share: (4 N_frozen + 6 N_trained) tokens a second over the device's peak.
+
+    A frozen weight costs a multiplication and an addition in the forward pass and in that of the gradient below it; a
+    trained one two more for its own gradient. N counts what multiplies every token (the head, not the embeddings);
+    attention's own products and recomputed ones are left out.
+    """
+    return (4 * side["frozen"] + 6 * side["trained"]) * side["tokens_per_second"] / peak
+
+
+def peak_flops(device: str) -> float | None:
+    """By name; None for a device that is not listed."""
+    return next((peak for part, peak in PEAKS.items() if part in device), None)
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """The newest line of each workload (and model) as Markdown."""
+    newest = {(line["workload"], line["model"]): line for line in lines}
+    used = any("utilisation" in side for line in newest.values() for side in line["sides"].values())
+    heads = [
+        "workload",
+        "side",
+        "step, s",
+        "rows/s",
+        "tokens/s",
+        "rows/s, ratio",
+        "tokens/s, ratio",
+        "memory",
+        "start, s",
+    ]
+    heads += ["utilisation"] if used else []
+    out = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
+    failures = []
+    for (workload, _), line in newest.items():
+        title, first = f"{workload} ({line['shape']})", next(iter(line["sides"]))
+        for name, side in line["sides"].items():
+            if "failed" in side:
+                failures.append(f"{workload}, {name}: did not run: {side['failed']}")
+                continue
+            ratio, none = line["ratios"].get(name), "1" if name == first else ""
+            cells = [
+                title,
+                f"{name} ({side['dtype']})",
+                spread(side["step_seconds"]),
+                figure(side["rows_per_second"]),
+                figure(side["tokens_per_second"]),
+                spread(ratio["rows"]) if ratio else none,
+                spread(ratio["tokens"]) if ratio else none,
+                f"{side['peak_extra_bytes'] / 2**20:,.0f} MiB",
+                f"{side['first_step_seconds']:.1f}",
+            ]
+            if used:
+                cells.append(f"{side['utilisation']:.1%}" if "utilisation" in side else "")
+            out.append(f"| {' | '.join(cells)} |")
+            title = ""
+    note = (
+        "\nMedian [quartiles] of the measured rounds. A ratio is how many times as fast a workload's first side is as "
+        "this one, round by round. Memory is the most that was held beyond the loaded model; start is from the start "
+        "of the process to the end of its first step."
+    )
+    machines = {f"{n['machine']}, {n['threads']} threads" for n in newest.values()}
+    return "\n".join([*out, note, *(f"Measured on {m}." for m in sorted(machines)), *failures])
+
+
+def spread(figures: dict[str, float]) -> str:
+    """1.23 [1.20, 1.30]"""
+    return f"{figure(figures['median'])} [{figure(figures['q1'])}, {figure(figures['q3'])}]"
+
+
+def figure(value: float) -> str:
+    """Three digits, or a whole number."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"

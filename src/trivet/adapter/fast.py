@@ -1,0 +1,102 @@
+"""PEFT's LoRA linear layer as one autograd function: the same numbers with less memory moved.
+
+PEFT's layer casts x to float32, keeps that copy for the backward pass, and makes four temporaries as large as x or y.
+Here the small factors are cast to x's type instead (they stay float32 masters, and their gradients come back in
+float32), x is kept once and as it is, products are added in place, and dropout's choice is drawn again, not stored.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+class FastLinear(lora.Linear):  # type: ignore[misc]
+    """`lora.Linear` with a fused pass wherever one unmerged plain adapter is on; else PEFT's own."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        name = self._single(x, args, kwargs)
+        if name is None:
+            return super().forward(x, *args, **kwargs)
+        base = self.get_base_layer()
+        dropout = self.lora_dropout[name]
+        p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+        seed = int(torch.randint(2**62, ())) if p else 0
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        transposed = isinstance(base, Conv1D)
+        return _AdaptedLinear.apply(x, a, b, base.weight, base.bias, self.scaling[name], transposed, p, seed)
+
+    def _single(self, x: torch.Tensor, args: Any, kwargs: Any) -> str | None:
+        """The adapter to apply, where the fused pass computes what PEFT's would."""
+        if args or kwargs or self.disable_adapters or self.merged:
+            return None
+        on = [name for name in self.active_adapters if name in self.lora_A]
+        base = self.get_base_layer()
+        if len(on) != 1 or on[0] in self.lora_variant or type(base) not in (nn.Linear, Conv1D):
+            return None
+        frozen = not base.weight.requires_grad and (base.bias is None or not base.bias.requires_grad)
+        biased = getattr(self.lora_B[on[0]], "bias", None) is not None
+        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in vars(base)
+        if not frozen or biased or hooked or x.dtype != base.weight.dtype or torch.is_autocast_enabled(x.device.type):
+            return None
+        return on[0]
+
+
+def make_fast(model: nn.Module) -> None:
+    """Give every plain LoRA linear layer of a PEFT model the fused pass."""
+    for module in model.modules():
+        if type(module) is lora.Linear:
+            module.__class__ = FastLinear
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """y = x Wᵀ + bias + s (drop(x) Aᵀ) Bᵀ, with gradients in x, A and B alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Any, a: Any, b: Any, weight: Any, bias: Any, scale: float, transposed: bool, p: float, seed: int
+    ) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        w = weight if transposed else weight.T
+        y = x.new_empty(*x.shape[:-1], w.shape[1])  # no view of another tensor, so that it may be changed in place
+        flat = y.view(-1, w.shape[1])
+        torch.mm(rows, w, out=flat) if bias is None else torch.addmm(bias, rows, w, out=flat)
+        small_a, small_b = a.to(x.dtype), (b * (scale / (1 - p))).to(x.dtype)
+        inner = _dropped(rows, p, seed) @ small_a.T
+        flat.addmm_(inner, small_b.T)
+        a_learns, b_learns = ctx.needs_input_grad[1:3]
+        ctx.save_for_backward(rows if a_learns else None, inner if b_learns else None, small_a, small_b, weight)
+        ctx.settings = scale / (1 - p), transposed, p, seed, x.shape, a.dtype, b.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        rows, inner, a, b, weight = ctx.saved_tensors
+        scale, transposed, p, seed, shape, a_type, b_type = ctx.settings
+        g = grad.reshape(-1, grad.shape[-1])
+        low = g @ b
+        dx = da = db = None
+        if ctx.needs_input_grad[0]:
+            dx = g @ (weight.T if transposed else weight)
+            if p:
+                dx += _dropped(low @ a, p, seed)
+            else:
+                dx.addmm_(low, a)
+            dx = dx.view(shape)
+        if rows is not None:
+            da = (low.T @ _dropped(rows, p, seed)).to(a_type)
+        if inner is not None:
+            db = (g.T @ inner).to(b_type).mul_(scale)
+        return dx, da, db, None, None, None, None, None, None
+
+
+def _dropped(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
+    """x with a share p of its entries 0, the same ones for one seed."""
+    if not p:
+        return x
+    keep = torch.rand(x.shape, generator=torch.Generator(x.device).manual_seed(seed), device=x.device) >= p
+    return x * keep

@@ -1,0 +1,97 @@
+"""Cross-entropy of a frozen output head, in chunks of positions: never all logits at once, and no second pass.
+
+The gradient in the hidden states is computed together with the loss, while a chunk's logits are in cache (the idea of
+Liger's fused linear cross-entropy: Hsu et al. 2024, arXiv 2410.10989, section 3.2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+#: Logits that are held at a time. Large enough for good matrix products, small enough for a last-level cache.
+_CHUNK = 2**23
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = cap · tanh(scale · (h Wᵀ + bias) / cap), or without cap and tanh where `cap` is None.
+
+    Attributes:
+        weight: W, (vocabulary, features), without gradient.
+        bias: (vocabulary,), or None.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    scale: float = 1.0
+    cap: float | None = None
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(n, vocabulary) of hidden (n, features), in float32."""
+        products = hidden @ self.weight.T
+        out = products.float()
+        if self.bias is not None:
+            out += self.bias
+        if self.scale != 1.0:
+            out *= self.scale
+        return out if self.cap is None else out.div_(self.cap).tanh_().mul_(self.cap)
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor, targets: torch.Tensor, head: Head, *, z_loss: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-log softmax(head(h))[target] of every position.
+
+    Args:
+        hidden: (n, features).
+        targets: (n,), each a token's id.
+        z_loss: adds this times log² Z to each loss, Z the softmax's denominator (PaLM: Chowdhery et al. 2022, arXiv
+            2204.02311, section 5); it keeps logits from drifting.
+
+    Returns:
+        losses in nats (n,) float32, and whether the target was the likeliest token (n,) bool. The gradient reaches
+        `hidden` alone.
+    """
+    return _LinearCrossEntropy.apply(hidden, targets, head, z_loss)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Any, targets: Any, head: Head, z_loss: float) -> Any:
+        n = len(hidden)
+        losses = torch.empty(n, dtype=torch.float32, device=hidden.device)
+        right = torch.empty(n, dtype=torch.bool, device=hidden.device)
+        wanted = ctx.needs_input_grad[0]
+        grad = torch.empty_like(hidden) if wanted else None
+        size = max(16, _CHUNK // len(head.weight))
+        for start in range(0, n, size):
+            rows = slice(start, start + size)
+            target = targets[rows, None]
+            p = head.logits(hidden[rows])
+            chosen = p.gather(1, target)
+            if head.cap is not None and wanted:
+                slope = 1 - (p / head.cap).square_()
+            largest, first = p.max(1, keepdim=True)
+            right[rows] = (first == target)[:, 0]
+            total = p.sub_(largest).exp_().sum(1, keepdim=True)
+            log_z = total.log().add_(largest)
+            losses[rows] = (log_z - chosen + z_loss * log_z * log_z)[:, 0]
+            if grad is None:
+                continue
+            p.mul_(head.scale * (1 + 2 * z_loss * log_z) / total)
+            p.scatter_add_(1, target, torch.full_like(chosen, -head.scale))
+            if head.cap is not None:
+                p.mul_(slope)
+            grad[rows] = p.to(hidden.dtype) @ head.weight
+        ctx.mark_non_differentiable(right)
+        if grad is not None:
+            ctx.save_for_backward(grad)
+        return losses, right
+
+    @staticmethod
+    def backward(ctx: Any, grad_losses: Any, _: Any) -> Any:
+        (grad,) = ctx.saved_tensors
+        return (grad * grad_losses[:, None]).to(grad.dtype), None, None, None  # 1 / items is not rounded to 16 bits

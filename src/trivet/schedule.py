@@ -1,0 +1,27 @@
+"""Which rows make a step, and how many steps a run has."""
+
+from __future__ import annotations
+
+from trivet.config import Config
+from trivet.data.batch import tokens_of
+from trivet.data.encode import Encoded
+from trivet.train.sampler import TokenBudgetSampler
+
+
+def token_batches(config: Config, rows: list[Encoded]) -> TokenBudgetSampler | None:
+    """Which rows go together, where tokens are counted and not rows."""
+    settings = config.training
+    if settings.max_tokens_per_batch is None:
+        return None
+    lengths = [tokens_of(row) for row in rows]
+    return TokenBudgetSampler(lengths, settings.max_tokens_per_batch, settings.seed, packed=settings.packing)
+
+
+def planned_steps(config: Config, rows: list[Encoded]) -> int:
+    """Optimizer steps of the whole run on one device."""
+    settings = config.training
+    if settings.max_steps is not None:
+        return settings.max_steps
+    grouped = token_batches(config, rows)
+    batches = -(-len(rows) // settings.batch_size) if grouped is None else len(grouped)
+    return max(1, round(-(-batches // settings.gradient_accumulation_steps) * settings.num_epochs))

@@ -1,0 +1,76 @@
+"""Out of memory: go on with half as many rows at a time. A micro-batch's loss is a sum, so those of halves add up."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+log = logging.getLogger("trivet")
+
+Batch = dict[str, Any]
+
+
+class Halver:
+    """Runs micro-batches through `step`; one that memory has no room for is halved, and so are later ones as large.
+
+    Args:
+        model: its gradients are put back to what they were before the micro-batch that failed.
+        gave_up: called when a backward pass broke off, before it is tried again.
+    """
+
+    def __init__(self, model: nn.Module, gave_up: Callable[[], None]) -> None:
+        self.model, self.gave_up = model, gave_up
+        #: The fewest entries (rows x length) for which there was no room.
+        self.too_many: int | None = None
+
+    def run(self, step: Callable[[Batch], torch.Tensor], batch: Batch) -> torch.Tensor:
+        """The loss of the micro-batch, its gradients added to the model's.
+
+        Raises:
+            torch.OutOfMemoryError, RuntimeError: even a single row does not fit.
+        """
+        if self.too_many is not None and _size(batch) >= self.too_many and _rows(batch) > 1:
+            return self._halved(step, batch)
+        before = {p: p.grad.clone() for p in self.model.parameters() if p.grad is not None}
+        try:
+            return step(dict(batch))
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not _out_of_memory(error) or _rows(batch) < 2:
+                raise
+        for p in self.model.parameters():
+            p.grad = before.get(p)
+        self.gave_up()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.too_many = _size(batch)
+        log.warning(
+            "out of memory at %d rows of %d tokens: going on with half as many at a time, which changes no result",
+            *batch["input_ids"].shape,
+        )
+        return self._halved(step, batch)
+
+    def _halved(self, step: Callable[[Batch], torch.Tensor], batch: Batch) -> torch.Tensor:
+        first, second = (self.run(step, half) for half in _halves(batch))
+        return first + second
+
+
+def _rows(batch: Batch) -> int:
+    return len(batch["input_ids"])
+
+
+def _size(batch: Batch) -> int:
+    return batch["input_ids"].numel()
+
+
+def _halves(batch: Batch) -> Iterator[Batch]:
+    middle = _rows(batch) // 2
+    for rows in (slice(None, middle), slice(middle, None)):
+        yield {key: value[rows] if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

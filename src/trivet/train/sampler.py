@@ -1,0 +1,70 @@
+"""Which rows go together: rows of similar length, so that there is little padding, in an order that seed and epoch fix.
+
+transformers' own samplers draw from torch's global state, so a resumed run would go through other rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+
+class LengthSampler(torch.utils.data.Sampler[int]):
+    """Rows of similar length follow each other; the longest comes first, so memory trouble shows at once."""
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each pass, also when it resumes in the middle of one."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
+    """Batches of rows that hold at most so many tokens, padding included (but one row at least).
+
+    Which rows go together is decided once, from their lengths and the seed, so every epoch has as many steps; their
+    order changes with the epoch. The largest batch comes first.
+
+    Args:
+        lengths: tokens of every row, as they are padded.
+        budget: tokens in a batch.
+        packed: whether the rows of a batch are put behind each other, without padding.
+    """
+
+    def __init__(self, lengths: Sequence[int], budget: int, seed: int, *, packed: bool = False) -> None:
+        self.seed, self.epoch = seed, 0
+        shuffled = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
+        self.batches: list[list[int]] = []
+        held = 0
+        for row in sorted(shuffled, key=lambda i: -lengths[i]):
+            longest = max(lengths[self.batches[-1][0]], 1) if self.batches else 0
+            grown = held + lengths[row] if packed else (len(self.batches[-1]) + 1) * longest if self.batches else 0
+            if self.batches and grown <= budget:
+                self.batches[-1].append(row)
+                held += lengths[row]
+            else:
+                self.batches.append([row])
+                held = lengths[row]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each pass, also when it resumes in the middle of one."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.randperm(len(self.batches), generator=torch.Generator().manual_seed(self.seed + self.epoch))
+        first = 0 if self.epoch == 0 else None  # rows are sorted, so this is the batch of the longest
+        rest = [i for i in order.tolist() if i != first]
+        return iter([self.batches[i] for i in ([] if first is None else [first]) + rest])

@@ -1,0 +1,331 @@
+"""A sped-up model: the losses, gradients, logits, tokens and files of the model as transformers and PEFT have it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+import trivet.fast
+from conftest import tiny_model
+from test_head import batch_of, language_model, split
+from trivet import attach
+from trivet.adapter.fast import FastLinear
+from trivet.adapter.layers import adapted_layers
+from trivet.data.batch import Collator
+from trivet.fast import ATTENTION, speed_up
+from trivet.loss import token_losses, training_loss
+
+LANGUAGE = ("llama", "gpt2", "bart", "t5", "qwen2", "gemma2")
+KINDS = (*LANGUAGE, "bert")
+
+
+def base(kind: str) -> Any:
+    """A tiny model without dropout, with norms that are not all ones (or zeros)."""
+    if kind == "bert":
+        config = tiny_model("bert", 64).config
+        config.num_labels, config.hidden_dropout_prob, config.attention_probs_dropout_prob = 3, 0.0, 0.0
+        torch.manual_seed(0)
+        model = hf.BertForSequenceClassification(config)
+    else:
+        model = language_model(kind)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "norm" in name.lower() and name.endswith("weight"):
+            parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+    return model.train()
+
+
+def pair(kind: str, **settings: Any) -> tuple[Any, Any]:
+    """(fast, as PEFT has it): the same model with the same adapter, whose factors are not zero."""
+    models = []
+    for fast in (True, False):
+        model = attach(base(kind), lora_rank=4, fast=fast, **settings).train()
+        for index, layer in enumerate(adapted_layers(model)):
+            layer.B.data.normal_(std=0.2, generator=torch.Generator().manual_seed(index))
+        models.append(model)
+    return models[0], models[1]
+
+
+def data(model: Any, lengths: tuple[int, ...] = (12, 7, 10)) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    batch, labels = split(batch_of(model, lengths))
+    return (
+        (batch, torch.tensor([0, 2, 1]))
+        if "Classification" in type(model.get_base_model()).__name__
+        else (batch, labels)
+    )
+
+
+def task(kind: str) -> str:
+    return {"bert": "classification", "bart": "seq2seq", "t5": "seq2seq"}.get(kind, "causal-lm")
+
+
+def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def same_gradients(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys() and found
+    largest = max(float(g.abs().max()) for g in wanted.values())
+    for name, gradient in wanted.items():
+        assert float((found[name] - gradient).norm()) <= 1e-5 * max(float(gradient.norm()), largest), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_loss_and_gradients(kind: str) -> None:
+    fast, plain = pair(kind)
+    batch, labels = data(plain)
+    ours, theirs = (training_loss(model, batch, labels, task=task(kind)) for model in (fast, plain))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    same_gradients(gradients(fast, ours), gradients(plain, theirs))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_loss_of_the_whole_output_with_its_mask(kind: str) -> None:
+    """As a plain Trainer has it."""
+    fast, plain = pair(kind)
+    batch, _ = data(plain)
+    ours, theirs = (model(**batch).logits for model in (fast, plain))
+    seen = batch["attention_mask"].bool() if ours.shape[:2] == batch["attention_mask"].shape else slice(None)
+    torch.testing.assert_close(ours[seen], theirs[seen], rtol=1e-5, atol=1e-5)
+    same_gradients(gradients(fast, ours[seen].square().mean()), gradients(plain, theirs[seen].square().mean()))
+
+
+def test_rows_of_several_blocks() -> None:
+    fast, plain = pair("llama")
+    batch, labels = data(plain, lengths=(150, 90))
+    ours, theirs = (training_loss(model, batch, labels, task="causal-lm") for model in (fast, plain))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    same_gradients(gradients(fast, ours), gradients(plain, theirs))
+
+
+@pytest.mark.parametrize("kind", LANGUAGE)
+def test_the_faster_parts_are_in_use(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the comparisons above would say nothing."""
+    fast, plain = pair(kind)
+    calls: dict[str, int] = {"attention": 0, "rms_norm": 0}
+
+    def counted(name: str) -> Any:
+        own = getattr(trivet.fast, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return own(*args, **kwargs)
+
+        return call
+
+    for name in calls:
+        monkeypatch.setattr(trivet.fast, name, counted(name))
+    for model in (plain, fast):
+        batch, labels = data(model)
+        training_loss(model, batch, labels, task=task(kind))
+        if model is plain:
+            assert not any(calls.values())
+    assert all(type(layer.module) is FastLinear for layer in adapted_layers(fast))
+    # T5 adds a bias to its scores, which is left to torch; Gemma 2 knows no attention but its own
+    assert calls["attention"] == {"bart": 6, "t5": 0, "gemma2": 0}.get(kind, 2)
+    assert (calls["rms_norm"] > 0) == (kind in ("llama", "qwen2"))  # Gemma multiplies by 1 + weight
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_is_the_same_to_the_bit_before_training(kind: str) -> None:
+    fast, plain = pair(kind)
+    for model in (fast, plain):
+        for layer in adapted_layers(model):
+            layer.B.data.zero_()
+    batch, _ = data(plain)
+    with torch.no_grad():
+        assert torch.equal(fast.eval()(**batch).logits, plain.eval()(**batch).logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation(kind: str) -> None:
+    fast, plain = pair(kind)
+    batch, _ = data(plain)
+    with torch.no_grad():
+        ours, theirs = fast.eval()(**batch).logits, plain.eval()(**batch).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", LANGUAGE)
+def test_generation_writes_the_same_tokens(kind: str) -> None:
+    fast, plain = pair(kind)
+    batch = split(batch_of(plain, side="left"))[0]
+    options: dict[str, Any] = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    batch.pop("decoder_input_ids", None)
+    ours, theirs = (model.eval().generate(**batch, **options) for model in (fast, plain))
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_saved_names_no_attention_of_ours(kind: str, tmp_path: Path) -> None:
+    fast, plain = pair(kind)
+    fast.save_pretrained(tmp_path / "adapter")
+    merged = fast.merge_and_unload()
+    merged.save_pretrained(tmp_path / "model")
+    assert merged.config._attn_implementation == (ATTENTION if kind != "gemma2" else "eager")
+    for file in tmp_path.rglob("*.json"):
+        assert f'"{ATTENTION}"' not in file.read_text(), file
+    assert "_attn_implementation" not in json.loads((tmp_path / "model/config.json").read_text())
+    again = type(merged).from_pretrained(tmp_path / "model").eval()
+    assert again.config._attn_implementation == plain.config._attn_implementation
+    batch, _ = data(plain)
+    with torch.no_grad():
+        torch.testing.assert_close(again(**batch).logits, plain.eval()(**batch).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_deep_copy_is_independent() -> None:
+    fast, _ = pair("llama")
+    batch, labels = data(fast)
+    before = training_loss(fast, batch, labels, task="causal-lm").detach()
+    twin = copy.deepcopy(fast)
+    for parameter in twin.parameters():
+        parameter.data.mul_(1.5)
+    assert torch.equal(training_loss(fast, batch, labels, task="causal-lm"), before)
+    assert not torch.allclose(training_loss(twin, batch, labels, task="causal-lm"), before)
+
+
+def test_dropout_of_attention_is_reproducible_and_for_training_alone() -> None:
+    model = base("llama")
+    model.config.attention_dropout = 0.5
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    fast = attach(model).train()
+    batch, labels = data(fast)
+
+    def seeded(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return training_loss(fast, batch, labels, task="causal-lm").detach()
+
+    assert torch.equal(seeded(1), seeded(1)) and not torch.equal(seeded(1), seeded(2))
+    fast.eval()
+    assert torch.equal(seeded(1), seeded(2))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradient_checkpointing(dropout: float) -> None:
+    def run(checkpointing: bool) -> dict[str, torch.Tensor]:
+        fast, _ = pair("llama", lora_dropout=dropout)
+        for layer in fast.get_base_model().model.layers:
+            layer.self_attn.attention_dropout = dropout
+        if checkpointing:
+            fast.gradient_checkpointing_enable({"use_reentrant": False})
+        batch, labels = data(fast)
+        torch.manual_seed(4)
+        return gradients(fast, training_loss(fast, batch, labels, task="causal-lm"))
+
+    same_gradients(run(True), run(False))
+
+
+def heads(queries: int, keys: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    shapes = (1, 4, queries, 8), (1, 4, keys, 8), (1, 4, keys, 8)
+    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(5, 5), (1, 5), (3, 5), (1, 1)])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("scaling", [None, 0.1])
+def test_attention_as_transformers_calls_it(queries: int, keys: int, causal: bool, scaling: float | None) -> None:
+    """With keys from a cache, too, where causal means something else."""
+    qkv, options = heads(queries, keys), {"scaling": scaling, "is_causal": causal}
+    found, _ = trivet.fast._attend(torch.nn.Module(), *qkv, None, **options)
+    wanted, _ = sdpa_attention_forward(torch.nn.Module(), *qkv, None, **options)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_packed_attention_is_that_of_each_row() -> None:
+    qkv, borders = heads(9, 9), torch.tensor([0, 4, 9, 9])
+    found, _ = trivet.fast._attend(torch.nn.Module(), *qkv, None, scaling=0.2, cu_seq_lens_q=borders)
+    rows = [[t[:, :, i:j] for t in qkv] for i, j in ((0, 4), (4, 9))]
+    wanted = [sdpa_attention_forward(torch.nn.Module(), *row, None, scaling=0.2, is_causal=True)[0] for row in rows]
+    torch.testing.assert_close(found, torch.cat(wanted, 1), rtol=1e-5, atol=1e-6)
+
+
+# -- norms and attentions that are left alone ----------------------------------------------------------------
+
+
+def test_a_norm_that_is_trained_is_the_models_own() -> None:
+    model = base("llama").requires_grad_(False)
+    model.model.norm.weight.requires_grad_()
+    speed_up(model)
+    assert "forward" not in vars(model.model.norm) and "forward" in vars(model.model.layers[0].input_layernorm)
+
+
+def test_a_norm_that_is_trained_only_later_gets_its_gradient() -> None:
+    fast, plain = pair("llama")
+    for model in (fast, plain):
+        model.get_base_model().model.norm.weight.requires_grad_()
+    batch, labels = data(plain)
+    ours, theirs = (gradients(m, training_loss(m, batch, labels, task="causal-lm")) for m in (fast, plain))
+    assert any(name.endswith("model.norm.weight") for name in theirs)
+    same_gradients(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_types(dtype: torch.dtype) -> None:
+    fast, plain = (model.to(dtype) for model in pair("qwen2"))
+    speed_up(fast.get_base_model())
+    batch, labels = data(plain)
+    ours, theirs = (training_loss(model, batch, labels, task="causal-lm") for model in (fast, plain))
+    tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    assert gradients(fast, ours).keys() == gradients(plain, theirs).keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_models_of_other_types_can_be_attached_to(dtype: torch.dtype) -> None:
+    model = attach(base("llama").to(dtype))
+    batch, labels = data(model)
+    assert bool(training_loss(model, batch, labels, task="causal-lm").isfinite())
+
+
+def test_eager_attention_stays() -> None:
+    model = base("llama")
+    model.set_attn_implementation("eager")
+    assert attach(model).config._attn_implementation == "eager"
+
+
+# -- training ------------------------------------------------------------------------------------------------
+
+
+def test_fifty_steps_follow_each_other() -> None:
+    losses = []
+    for model in pair("llama"):
+        batch, labels = data(model)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+        taken = []
+        for _ in range(50):
+            loss = training_loss(model, batch, labels, task="causal-lm")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            taken.append(loss.item())
+        losses.append(taken)
+    ours, theirs = losses
+    assert theirs[-1] < 0.5 * theirs[0]
+    assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_packed_rows_do_not_see_each_other(kind: str) -> None:
+    fast, plain = pair(kind)
+    generator = torch.Generator().manual_seed(6)
+    rows: list[Any] = [torch.randint(1, 64, (n,), generator=generator).tolist() for n in (12, 5, 70)]
+    rows = [{"input_ids": ids, "labels": [-100, -100, *ids[2:]]} for ids in rows]
+    found = []
+    for model, packed in ((fast, True), (plain, False)):
+        batch = Collator(pad_id=0, packed=packed)(rows)
+        labels = batch.pop("labels")
+        losses, _, _ = token_losses(model, batch, labels, shifted=True)
+        found.append((losses.detach(), gradients(model, losses.mean())))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-5)
+    same_gradients(found[0][1], found[1][1])

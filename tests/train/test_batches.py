@@ -1,0 +1,276 @@
+"""Which rows go together: token budgets, packing, and going on with fewer rows where memory runs out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from conftest import tiny_model, write_jsonl
+from trivet.adapter.attach import attach
+from trivet.adapter.layers import adapted_layers
+from trivet.configio import load
+from trivet.data.batch import Collator, tokens_in
+from trivet.data.encode import IGNORE, Encoded
+from trivet.errors import ConfigError
+from trivet.loss import training_loss
+from trivet.run import make_trainer, prepare, train
+from trivet.runfolder import RunFolder
+from trivet.schedule import planned_steps, token_batches
+from trivet.train.callback import RunLog
+from trivet.train.oom import Halver
+from trivet.train.sampler import TokenBudgetSampler
+
+ROWS = [{"prompt": "the cat " * (1 + i % 7), "completion": "ran to the red house " * (1 + i % 5)} for i in range(24)]
+
+
+def settings(folder: Path, out: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "model.name": str(folder),
+        "model.dtype": "float32",
+        "model.device": "cpu",
+        "data.validation": None,
+        "training.batch_size": 4,
+        "training.num_epochs": 2,
+        "training.learning_rate": 1e-2,
+        "evaluation.generate": False,
+        "output_dir": str(out),
+        **more,
+    }
+
+
+def losses(out: Path) -> list[float]:
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+# -- token budgets -------------------------------------------------------------------------------------------
+
+
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=80),
+    budget=st.integers(1, 200),
+    packed=st.booleans(),
+    seed=st.integers(0, 5),
+)
+def test_batches_keep_to_the_budget_and_hold_every_row_once(
+    lengths: list[int], budget: int, packed: bool, seed: int
+) -> None:
+    sampler = TokenBudgetSampler(lengths, budget, seed, packed=packed)
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        assert len(batches) == len(sampler)
+        assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+        for batch in batches:
+            sizes = [lengths[i] for i in batch]
+            held = sum(sizes) if packed else max(sizes) * len(sizes)
+            assert held <= budget or len(batch) == 1
+    assert max(lengths) in [lengths[i] for i in next(iter(TokenBudgetSampler(lengths, budget, seed)))]  # longest first
+
+
+def test_batches_are_alike_for_a_seed_and_differ_between_epochs() -> None:
+    lengths = list(range(1, 60))
+    one, other = TokenBudgetSampler(lengths, 100, 3), TokenBudgetSampler(lengths, 100, 3)
+    torch.manual_seed(9)
+    assert list(one) == list(other)
+    first = list(one)
+    one.set_epoch(1)
+    assert list(one) != first and sorted(map(sorted, one)) == sorted(map(sorted, first))
+
+
+def test_a_run_with_a_token_budget_is_planned_as_it_goes_and_resumes_bit_for_bit(tiny: Any, tmp_path: Path) -> None:
+    folder = tiny("gpt2")
+    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    more = {
+        "data.train": str(tmp_path / "rows.jsonl"),
+        "training.max_tokens_per_batch": 96,
+        "training.eval_steps": 3,
+        "training.keep_checkpoints": 9,
+    }
+    values = settings(folder, tmp_path / "whole", **more)
+    config = load(values=values)
+    ready = prepare(config, Console(quiet=True))
+    batches = token_batches(config, ready.train_rows)
+    assert batches is not None and len({len(batch) for batch in batches}) > 1
+    outcome = train(config, console=Console(quiet=True))
+    assert outcome.result["steps"] == planned_steps(config, ready.train_rows) == 2 * len(batches)
+
+    again = tmp_path / "again"
+    train(load(values=values | {"output_dir": str(again)}), console=Console(quiet=True))
+    (again / "result.json").unlink()
+    for checkpoint in (again / "checkpoints").iterdir():
+        if int(checkpoint.name.rpartition("-")[2]) > len(batches) + 1:  # in the middle of the second pass
+            for file in checkpoint.iterdir():
+                file.unlink()
+            checkpoint.rmdir()
+    train(load(values=values | {"output_dir": str(again)}), resume=True, console=Console(quiet=True))
+    weights = "adapter/adapter_model.safetensors"
+    assert (again / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+
+
+# -- packing -------------------------------------------------------------------------------------------------
+
+
+def encoded(lengths: list[int]) -> list[Encoded]:
+    draw = torch.Generator().manual_seed(0)
+    rows = []
+    for n in lengths:
+        ids = torch.randint(1, 60, (n,), generator=draw).tolist()
+        rows.append(Encoded(input_ids=ids, labels=[IGNORE] * (n // 3 + 1) + ids[n // 3 + 1 :]))
+    return rows
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_packed_rows_give_the_loss_and_gradients_of_padded_ones(kind: str, fast: bool) -> None:
+    rows, got = encoded([5, 17, 3, 9]), []
+    for packed in (False, True):
+        model = attach(tiny_model(kind, 64), lora_rank=4, fast=fast).eval()
+        for layer in adapted_layers(model):
+            layer.B.data.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+        batch: dict[str, Any] = Collator(0, packed=packed)(rows)
+        assert int(tokens_in(batch)) == 34
+        loss = training_loss(model, batch, batch.pop("labels"), task="causal-lm")
+        loss.backward()
+        got.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert got[0][1].abs().max() > 0
+    for one, other in zip(*got, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_packed_run_learns_what_a_padded_one_learns(tiny: Any, tmp_path: Path) -> None:
+    folder = tiny("llama")
+    for packing in (False, True):
+        values = settings(folder, tmp_path / str(packing), **{"training.packing": packing})
+        train(load(values=values), train=ROWS, console=Console(quiet=True))
+    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-3)
+
+
+def test_packing_is_for_causal_models(tiny: Any, tmp_path: Path) -> None:
+    values = settings(tiny("t5"), tmp_path / "run", **{"training.packing": True})
+    with pytest.raises(ConfigError, match=r"training.packing: is for causal language models, and the task is seq2seq"):
+        train(load(values=values), train=ROWS, console=Console(quiet=True))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_whose_packed_rows_would_see_each_other_is_refused(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that knows nothing of the rows' borders would."""
+    whole = Collator._pack
+
+    def borderless(self: Collator, rows: Any) -> dict[str, Any]:
+        batch = whole(self, rows)
+        return {"input_ids": batch["input_ids"], "labels": batch["labels"], "use_cache": False}
+
+    monkeypatch.setattr(Collator, "_pack", borderless)
+    values = settings(tiny("gpt2"), tmp_path / "run", **{"training.packing": True})
+    with pytest.raises(ConfigError, match="they would see each other"):
+        train(load(values=values), train=ROWS, console=Console(quiet=True))
+
+
+# -- out of memory -------------------------------------------------------------------------------------------
+
+
+def test_a_micro_batch_that_broke_off_counts_once() -> None:
+    model, gave_up, sizes = torch.nn.Linear(3, 1), [], []
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+
+    def step(batch: dict[str, Any]) -> torch.Tensor:
+        sizes.append(len(batch["input_ids"]))
+        loss = (model(batch["input_ids"]) ** 2).sum() / len(x)
+        loss.backward()
+        if sizes[-1] > 2:  # its gradients are there already
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss.detach()
+
+    halver = Halver(model, lambda: gave_up.append(True))
+    model.weight.grad = torch.ones_like(model.weight)  # of an earlier micro-batch
+    total = halver.run(step, {"input_ids": x, "length": 3})
+    assert sizes == [8, 4, 2, 2, 2, 2] and len(gave_up) == 2
+    torch.testing.assert_close(total, (model(x) ** 2).mean().detach())
+    wanted = torch.autograd.grad((model(x) ** 2).mean(), list(model.parameters()))
+    torch.testing.assert_close(model.weight.grad - 1, wanted[0])
+    torch.testing.assert_close(model.bias.grad, wanted[1])
+    sizes.clear()
+    halver.run(step, {"input_ids": x})
+    assert sizes == [2, 2, 2, 2]  # what did not fit is not tried again
+
+
+def test_one_row_that_does_not_fit_ends_the_run() -> None:
+    def step(batch: dict[str, Any]) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Halver(torch.nn.Linear(1, 1), lambda: None).run(step, {"input_ids": torch.zeros(3, 2)})
+
+
+def test_other_errors_are_not_tried_again() -> None:
+    calls = []
+
+    def step(batch: dict[str, Any]) -> torch.Tensor:
+        calls.append(1)
+        raise RuntimeError("sizes do not match")
+
+    with pytest.raises(RuntimeError, match="sizes"):
+        Halver(torch.nn.Linear(1, 1), lambda: None).run(step, {"input_ids": torch.zeros(3, 2)})
+    assert len(calls) == 1
+
+
+def test_a_run_with_little_memory_ends_where_one_with_much_does(tiny: Any, tmp_path: Path) -> None:
+    folder, ends = tiny("llama"), []
+    for most in (99, 2):
+        more = {"training.gradient_accumulation_steps": 2, "training.max_steps": 4, "method": "trivet"}
+        config = load(values=settings(folder, tmp_path / str(most), **more))
+        ready = prepare(config, Console(quiet=True), train=ROWS)
+        run = RunFolder(tmp_path / str(most))
+        run.path.mkdir()
+        trainer = make_trainer(ready, run, RunLog(run.log, Console(quiet=True)))
+        whole = trainer.compute_loss
+
+        def limited(model: Any, inputs: Any, *rest: Any, most: int = most, whole: Any = whole, **more: Any) -> Any:
+            loss = whole(model, dict(inputs), *rest, **more)
+            if len(inputs["input_ids"]) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return loss
+
+        trainer.compute_loss = limited
+        trainer.train()
+        ends.append({layer.name: layer.delta() for layer in adapted_layers(ready.session.model)})
+    assert trainer.halver.too_many is not None
+    for name, delta in ends[0].items():
+        torch.testing.assert_close(ends[1][name], delta, rtol=1e-2, atol=1e-4)
+
+
+# -- the allocator -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator is Linux's")
+def test_freed_memory_is_kept() -> None:
+    program = """
+import resource, sys, torch
+from trivet.allocator import keep_freed_memory
+assert sys.argv[1] == "no" or keep_freed_memory()
+def touch():
+    torch.ones(2**24).sum()  # 64 MiB
+touch()
+touch()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(9):
+    touch()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = {
+        which: int(subprocess.run([sys.executable, "-c", program, which], capture_output=True, check=True).stdout)
+        for which in ("no", "yes")
+    }
+    assert faults["yes"] < 0.5 * faults["no"]
