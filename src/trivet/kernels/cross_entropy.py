@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 #: Logits that are held at a time. Large enough for good matrix products, small enough for a last-level cache.
-_CHUNK = 2**23
+_CHUNK = 3 * 2**22
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,16 @@ class Head:
     scale: float = 1.0
     cap: float | None = None
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(n, vocabulary) of hidden (n, features), in float32."""
-        products = hidden @ self.weight.T
-        out = products.float()
+    def logits(self, hidden: torch.Tensor, into: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+        """(n, vocabulary) of hidden (n, features), in float32.
+
+        Args:
+            into: where to put the products h Wᵀ, in hidden's type, and the logits; new tensors where it is None.
+        """
+        products, out = into or (hidden @ self.weight.T, None)
+        if into is not None:
+            torch.mm(hidden, self.weight.T, out=products)
+        out = products.float() if out is None else out.copy_(products)
         if self.bias is not None:
             out += self.bias
         if self.scale != 1.0:
@@ -52,8 +58,9 @@ def linear_cross_entropy(
             2204.02311, section 5); it keeps logits from drifting.
 
     Returns:
-        losses in nats (n,) float32, and whether the target was the likeliest token (n,) bool. The gradient reaches
-        `hidden` alone.
+        losses in nats (n,) float32, and whether the target was the likeliest token (n,) bool; of tokens that are
+        equally likely it is the first, or in training, where finding that one would take time, any. The gradient
+        reaches `hidden` alone.
     """
     return _LinearCrossEntropy.apply(hidden, targets, head, z_loss)
 
@@ -66,16 +73,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         right = torch.empty(n, dtype=torch.bool, device=hidden.device)
         wanted = ctx.needs_input_grad[0]
         grad = torch.empty_like(hidden) if wanted else None
-        size = max(16, _CHUNK // len(head.weight))
-        for start in range(0, n, size):
+        size = -(-n // max(1, -(-n * len(head.weight) // _CHUNK)))  # equal chunks
+        wide = hidden.new_empty(size, len(head.weight), dtype=torch.float32)  # the same memory for every chunk
+        short = wide if hidden.dtype == torch.float32 else hidden.new_empty(wide.shape)
+        for start in range(0, n, max(size, 1)):
             rows = slice(start, start + size)
             target = targets[rows, None]
-            p = head.logits(hidden[rows])
+            products, p = short[: len(target)], wide[: len(target)]
+            head.logits(hidden[rows], (products, p))
             chosen = p.gather(1, target)
             if head.cap is not None and wanted:
                 slope = 1 - (p / head.cap).square_()
-            largest, first = p.max(1, keepdim=True)
-            right[rows] = (first == target)[:, 0]
+            if wanted:
+                largest = p.amax(1, keepdim=True)
+                right[rows] = (chosen >= largest)[:, 0]
+            else:
+                largest, first = p.max(1, keepdim=True)
+                right[rows] = (first == target)[:, 0]
             total = p.sub_(largest).exp_().sum(1, keepdim=True)
             log_z = total.log().add_(largest)
             losses[rows] = (log_z - chosen + z_loss * log_z * log_z)[:, 0]
@@ -85,7 +99,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             p.scatter_add_(1, target, torch.full_like(chosen, -head.scale))
             if head.cap is not None:
                 p.mul_(slope)
-            grad[rows] = p.to(hidden.dtype) @ head.weight
+            torch.mm(products.copy_(p), head.weight, out=grad[rows])
         ctx.mark_non_differentiable(right)
         if grad is not None:
             ctx.save_for_backward(grad)
