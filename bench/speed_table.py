@@ -137,6 +137,43 @@ def table(lines: list[dict[str, Any]]) -> str:
     return "\n".join([*out, note, *(f"Measured on {m}." for m in sorted(machines)), *failures])
 
 
+#: What the README calls the workloads and sides that it shows.
+SHOWN = {
+    "dense": "SmolLM2-135M, 4 x 256 tokens",
+    "e2e": "SmolLM2-135M, 16 rows of E2E",
+    "snips": "SmolLM2-135M, 16 rows of SNIPS",
+    "gsm8k": "SmolLM2-135M, 8 rows of GSM8K",
+    "trec": "MiniLM-L6, 16 rows of TREC",
+    "seq2seq": "BART-base's size, 8 x (128 + 64) tokens",
+}
+NAMES = {
+    "peft-bf16": "PEFT, bfloat16",
+    "peft-fp32": "PEFT, float32",
+    "peft-best": "PEFT at its best settings",
+    "peft": "PEFT and transformers.Trainer",
+    "trl": "TRL's SFTTrainer",
+    "trl-grouped": "TRL, rows grouped by length, best settings",
+    "trl-packed": "TRL, rows packed, best settings",
+    "floor": "the matrix products alone",
+}
+
+
+def brief(lines: list[dict[str, Any]]) -> str:
+    """The newest line of each workload that the README shows: how many times as fast, at what memory."""
+    newest = {line["workload"]: line for line in lines}
+    out = ["| one step of | against | times as fast, tokens/s | memory, of theirs |", "| --- | --- | --- | --- |"]
+    for workload, title in SHOWN.items():
+        sides = newest[workload]["sides"] if workload in newest else {}
+        ours = next(iter(sides.values()), {})
+        for name, ratio in newest[workload]["ratios"].items() if sides else ():
+            memory = ours["peak_extra_bytes"] / sides[name]["peak_extra_bytes"]
+            share = "" if name == "floor" else f"{memory:.2f}"
+            out.append(f"| {title} | {NAMES.get(name, name)} | {spread(ratio['tokens'])} | {share} |")
+            title = ""
+    machines = sorted({f"{line['machine']}, {line['threads']} threads" for line in newest.values()})
+    return "\n".join([*out, "", f"Medians [quartiles] of paired steps on {'; '.join(machines)}."])
+
+
 def spread(figures: dict[str, float]) -> str:
     """1.23 [1.20, 1.30]"""
     return f"{figure(figures['median'])} [{figure(figures['q1'])}, {figure(figures['q3'])}]"

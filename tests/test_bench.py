@@ -233,5 +233,6 @@ def test_check_lists_what_is_missing(task: Task) -> None:
     assert quality_table.next_run(whole, task, WIDE, [0]) == (0, high, 2.0)
 
 
-def test_the_evidence_page_is_what_the_results_say() -> None:
-    assert page.PAGE.read_text(encoding="utf-8") == page.renewed(), "run: python bench/page.py"
+def test_the_pages_are_what_the_results_say() -> None:
+    for path, text in page.renewed().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name}: run python bench/page.py"

@@ -193,7 +193,7 @@ def test_a_micro_batch_that_broke_off_counts_once() -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return loss.detach()
 
-    halver = Halver(model, lambda: gave_up.append(True))
+    halver = Halver(model.parameters, lambda: gave_up.append(True))
     model.weight.grad = torch.ones_like(model.weight)  # of an earlier micro-batch
     total = halver.run(step, {"input_ids": x, "length": 3})
     assert sizes == [8, 4, 2, 2, 2, 2] and len(gave_up) == 2
@@ -211,7 +211,7 @@ def test_one_row_that_does_not_fit_ends_the_run() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(torch.OutOfMemoryError):
-        Halver(torch.nn.Linear(1, 1), lambda: None).run(step, {"input_ids": torch.zeros(3, 2)})
+        Halver(torch.nn.Linear(1, 1).parameters, lambda: None).run(step, {"input_ids": torch.zeros(3, 2)})
 
 
 def test_other_errors_are_not_tried_again() -> None:
@@ -222,7 +222,7 @@ def test_other_errors_are_not_tried_again() -> None:
         raise RuntimeError("sizes do not match")
 
     with pytest.raises(RuntimeError, match="sizes"):
-        Halver(torch.nn.Linear(1, 1), lambda: None).run(step, {"input_ids": torch.zeros(3, 2)})
+        Halver(torch.nn.Linear(1, 1).parameters, lambda: None).run(step, {"input_ids": torch.zeros(3, 2)})
     assert len(calls) == 1
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,12 +18,12 @@ class Halver:
     """Runs micro-batches through `step`; one that memory has no room for is halved, and so are later ones as large.
 
     Args:
-        model: its gradients are put back to what they were before the micro-batch that failed.
+        parameters: gives what is trained; its gradients are put back to what they were before one that failed.
         gave_up: called when a backward pass broke off, before it is tried again.
     """
 
-    def __init__(self, model: nn.Module, gave_up: Callable[[], None]) -> None:
-        self.model, self.gave_up = model, gave_up
+    def __init__(self, parameters: Callable[[], Iterable[nn.Parameter]], gave_up: Callable[[], None]) -> None:
+        self.parameters, self.gave_up = parameters, gave_up
         #: The fewest entries (rows x length) for which there was no room.
         self.too_many: int | None = None
 
@@ -35,13 +35,13 @@ class Halver:
         """
         if self.too_many is not None and _size(batch) >= self.too_many and _rows(batch) > 1:
             return self._halved(step, batch)
-        before = {p: p.grad.clone() for p in self.model.parameters() if p.grad is not None}
+        before = {p: p.grad.clone() for p in self.parameters() if p.grad is not None}
         try:
             return step(dict(batch))
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not _out_of_memory(error) or _rows(batch) < 2:
                 raise
-        for p in self.model.parameters():
+        for p in self.parameters():
             p.grad = before.get(p)
         self.gave_up()
         if torch.cuda.is_available():

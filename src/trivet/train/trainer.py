@@ -57,7 +57,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             validation=self.row_losses if validation_rows else None,
             items=lambda: self.step_supervised,
         )
-        self.halver = Halver(model, self.ranks.give_up)
+        self.halver = Halver(self._trained, self.ranks.give_up)
         #: Tokens of the step under way, without padding; and those of them that are learned.
         self.step_tokens = self.step_supervised = 0
         super().__init__(
@@ -114,6 +114,10 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         if self.args.world_size > 1 or self.collator.packed:  # processes step together; packed rows are one
             return step(model, inputs, num_items_in_batch)
         return self.halver.run(lambda batch: step(model, batch, num_items_in_batch), inputs)
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        """What the optimizer steps (asking the model would walk through all of it in every step)."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
