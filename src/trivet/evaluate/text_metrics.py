@@ -158,7 +158,8 @@ def _information_weights(references: Sequence[Sequence[list[str]]]) -> dict[tupl
         for words in texts:
             counts.update(_ngrams(words))
             counts[()] += len(words)  # the empty n-gram precedes every word: Eq. 2 then needs no special case
-    return {ngram: math.log2(counts[ngram[:-1]] / count) for ngram, count in counts.items() if ngram}
+    # log(x, 2), not log2(x): nltk's last bit decides between references that are equally good
+    return {ngram: math.log(counts[ngram[:-1]] / count, 2) for ngram, count in counts.items() if ngram}
 
 
 def _nist_row(
