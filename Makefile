@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 .PHONY: help quickstart test test-slow bench lint clean
 
 help:
-	@echo "make quickstart  fine-tune a real model on real data and show what it learned (about 10 minutes on 2 cores)"
+	@echo "make quickstart  fine-tune a real model on real data and show what it learned (about 5 minutes on 2 cores)"
 	@echo "make test        lint, types, import rules and tests (at most 15 minutes on 2 cores)"
 	@echo "make test-slow   the tests that take minutes each"
 	@echo "make bench       time training steps beside PEFT and TRL (DATA=folder for real rows; keep the machine idle)"
