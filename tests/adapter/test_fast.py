@@ -269,6 +269,14 @@ def test_pefts_own_pass_under_autocast() -> None:
         assert torch.equal(y, pefts(layer)(x))
 
 
+def test_the_fused_pass_under_an_autocast_to_the_models_own_type() -> None:
+    layer, x = one_layer().to(torch.bfloat16), draw(5, 12, seed=1).bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16 and y.grad_fn.name() == FUSED
+    assert torch.equal(y, layer(x))
+
+
 def test_pefts_own_pass_for_a_batch_of_several_adapters() -> None:
     layer = second_adapter(one_layer()).eval()
     x, names = draw(4, 12, seed=1), ["default", "other", "__base__", "other"]

@@ -41,9 +41,9 @@ class FastLinear(lora.Linear):  # type: ignore[misc]
         frozen = not base.weight.requires_grad and (base.bias is None or not base.bias.requires_grad)
         biased = getattr(self.lora_B[on[0]], "bias", None) is not None
         hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in vars(base)
-        if not frozen or biased or hooked or x.dtype != base.weight.dtype or torch.is_autocast_enabled(x.device.type):
-            return None
-        return on[0]
+        device = x.device.type
+        cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != x.dtype
+        return None if not frozen or biased or hooked or cast or x.dtype != base.weight.dtype else on[0]
 
 
 def make_fast(model: nn.Module) -> None:
