@@ -17,12 +17,10 @@ import math
 import os
 import platform
 import re
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +40,7 @@ from quality_tasks import (
     masked_parameters,
     targets,
 )
+from versions import versions
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quality.jsonl"
 #: Metrics that are kept of each split.
@@ -273,15 +272,6 @@ def summary(ranks: dict[str, int]) -> dict[str, Any]:
         "layers": len(values), "left": values.count(0), "least": min(values), "most": max(values),
         "mean": sum(values) / len(values), "by_kind": {kind: sum(r) / len(r) for kind, r in kinds.items()},
     }  # fmt: skip
-
-
-def versions() -> dict[str, str]:
-    """Of what was run; trivet's is its commit where this is a git checkout."""
-    names = ("torch", "transformers", "peft", "accelerate")
-    git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    ours = {"python": platform.python_version(), "trivet": commit or version("trivet")}
-    return ours | {name: version(name) for name in names}
 
 
 if __name__ == "__main__":

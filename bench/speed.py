@@ -22,16 +22,15 @@ import json
 import os
 import platform
 import shlex
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from speed_table import peak_flops, ratios, table, utilisation
 from speed_turns import Child, take_turns
+from versions import versions
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "speed.jsonl"
@@ -164,7 +163,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "rounds": arguments.rounds, "warmup": spec["warmup"], "sides": done, "ratios": ratios(done),
         "device": arguments.device, "machine": machine, "cores": os.cpu_count(), "threads": arguments.threads,
         "peak_flops": flops if arguments.device == "cuda" else None, "system": platform.platform(),
-        "versions": versions(), "command": command(sys.argv),
+        "versions": versions("trl", "unsloth"), "command": command(sys.argv),
         "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }  # fmt: skip
 
@@ -193,19 +192,6 @@ def machine_name(device: str) -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def versions() -> dict[str, str]:
-    """Of what was run; trivet's is its commit where this is a git checkout."""
-    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    out = {"python": platform.python_version(), "trivet": commit or version("trivet")}
-    for name in ("torch", "transformers", "peft", "trl", "accelerate", "unsloth"):
-        try:
-            out[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return out
 
 
 def command(words: list[str]) -> str:

@@ -93,6 +93,21 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
 
 
+def ours(turns: Turns, base: Any, task: str, batch: Callable[[int], Any], counts: dict[str, int]) -> None:
+    """trivet's side: `batch(step)` gives the model's inputs, and the labels."""
+    from trivet import attach, optimizer
+    from trivet.allocator import keep_freed_memory
+    from trivet.loss import training_loss
+
+    keep_freed_memory()  # as `trivet train` does
+    model = attach(base, lora_rank=16, task=task)
+
+    def loss(step: int) -> tuple[Any, dict[str, int]]:
+        return training_loss(model, *batch(step), task=task), counts
+
+    trainer_loop(turns, model, optimizer(model, learning_rate=RATE), loss)
+
+
 def dense(turns: Turns, spec: dict[str, Any]) -> None:
     """Random tokens, every one of them a label: the same work for all sides."""
     side, rows, length = spec["side"], spec["rows"], spec["length"]
@@ -109,20 +124,12 @@ def dense(turns: Turns, spec: dict[str, Any]) -> None:
     def ids(step: int) -> torch.Tensor:
         return random_ids(step, rows, length, vocabulary, spec["device"])
 
+    def labelled(step: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        batch = ids(step)
+        return {"input_ids": batch, "attention_mask": torch.ones_like(batch)}, batch
+
     if side.startswith("trivet"):
-        from trivet import attach, optimizer
-        from trivet.allocator import keep_freed_memory
-        from trivet.loss import training_loss
-
-        keep_freed_memory()  # as `trivet train` does
-        model = attach(made, lora_rank=16, task="causal-lm")
-
-        def ours(step: int) -> tuple[Any, dict[str, int]]:
-            batch = ids(step)
-            inputs = {"input_ids": batch, "attention_mask": torch.ones_like(batch)}
-            return training_loss(model, inputs, batch, task="causal-lm"), counts
-
-        return trainer_loop(turns, model, optimizer(model, learning_rate=RATE), ours)
+        return ours(turns, made, "causal-lm", labelled, counts)
     if side != "unsloth":
         model = lora(made, "CAUSAL_LM", 16, autocast_adapter_dtype=side != "peft-best")
 
@@ -216,21 +223,13 @@ def seq2seq(turns: Turns, spec: dict[str, Any]) -> None:
         ids = random_ids(step, rows, length + answer, config.vocab_size, device)
         return ids[:, :length].contiguous(), ids[:, length:].contiguous()
 
+    def labelled(step: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        source, labels = pair(step)
+        shifted = base.prepare_decoder_input_ids_from_labels(labels)
+        return {"input_ids": source, "attention_mask": torch.ones_like(source), "decoder_input_ids": shifted}, labels
+
     if side == "trivet":
-        from trivet import attach, optimizer
-        from trivet.allocator import keep_freed_memory
-        from trivet.loss import training_loss
-
-        keep_freed_memory()  # as `trivet train` does
-        model = attach(base, lora_rank=16, task="seq2seq")
-
-        def ours(step: int) -> tuple[Any, dict[str, int]]:
-            source, labels = pair(step)
-            shifted = base.prepare_decoder_input_ids_from_labels(labels)
-            batch = {"input_ids": source, "attention_mask": torch.ones_like(source), "decoder_input_ids": shifted}
-            return training_loss(model, batch, labels, task="seq2seq"), counts
-
-        return trainer_loop(turns, model, optimizer(model, learning_rate=RATE), ours)
+        return ours(turns, base, "seq2seq", labelled, counts)
     model = lora(base, "SEQ_2_SEQ_LM", 16)
 
     def theirs(step: int) -> tuple[Any, dict[str, int]]:

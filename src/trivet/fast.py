@@ -26,8 +26,7 @@ def speed_up(model: Any) -> None:
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(ATTENTION)
     for module in model.modules():
-        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        if type(module).__name__.endswith("RMSNorm") and eps is not None and _is_rms_norm(module, eps):
+        if type(module).__name__.endswith("RMSNorm") and _eps(module) is not None and _is_rms_norm(module):
             module.forward = types.MethodType(_norm, module)
 
 
@@ -74,17 +73,21 @@ def _norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     learns = torch.is_grad_enabled() and hidden_states.requires_grad  # else it is to the bit as without an adapter
     if not learns or self.weight.requires_grad:
         return type(self).forward(self, hidden_states)
-    eps = self.variance_epsilon if hasattr(self, "variance_epsilon") else self.eps
-    return rms_norm(hidden_states, self.weight, eps)
+    return rms_norm(hidden_states, self.weight, _eps(self))
+
+
+def _eps(norm: Any) -> Any:
+    """The norm's epsilon, by whichever name it has it; None where it has none."""
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
 
 
 @torch.no_grad()
-def _is_rms_norm(module: nn.Module, eps: float) -> bool:
+def _is_rms_norm(module: nn.Module) -> bool:
     """Whether the module computes what `rms_norm` does (some multiply by 1 + weight)."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.requires_grad or weight.device.type != "cpu":
         return False
     x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
-    theirs, ours = module(x), rms_norm(x, weight, eps)
+    theirs, ours = module(x), rms_norm(x, weight, _eps(module))
     tolerance = 4 * torch.finfo(weight.dtype).eps
     return theirs.dtype == ours.dtype and torch.allclose(theirs, ours, rtol=tolerance, atol=tolerance)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trivet.config import Config
-from trivet.data.batch import tokens_of
+from trivet.data.batch import MULTIPLE, tokens_of
 from trivet.data.encode import Encoded
 from trivet.train.sampler import TokenBudgetSampler
 
@@ -13,8 +13,9 @@ def token_batches(config: Config, rows: list[Encoded]) -> TokenBudgetSampler | N
     settings = config.training
     if settings.max_tokens_per_batch is None:
         return None
-    lengths = [tokens_of(row) for row in rows]
-    return TokenBudgetSampler(lengths, settings.max_tokens_per_batch, settings.seed, packed=settings.packing)
+    budget = settings.max_tokens_per_batch // MULTIPLE * MULTIPLE  # a batch of packed rows is rounded up as a whole
+    lengths = [tokens_of(row, 1 if settings.packing else MULTIPLE) for row in rows]
+    return TokenBudgetSampler(lengths, budget, settings.seed, packed=settings.packing)
 
 
 def planned_steps(config: Config, rows: list[Encoded]) -> int:

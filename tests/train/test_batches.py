@@ -101,6 +101,10 @@ def test_a_run_with_a_token_budget_is_planned_as_it_goes_and_resumes_bit_for_bit
     ready = prepare(config, Console(quiet=True))
     batches = token_batches(config, ready.train_rows)
     assert batches is not None and len({len(batch) for batch in batches}) > 1
+    for packed in (False, True):  # counted as they are padded
+        grouped = token_batches(load(values=values | {"training.packing": packed}), ready.train_rows)
+        made = [Collator(0, packed=packed)([ready.train_rows[i] for i in batch]) for batch in grouped or ()]
+        assert made and all(batch["input_ids"].numel() <= 96 for batch in made)
     outcome = train(config, console=Console(quiet=True))
     assert outcome.result["steps"] == planned_steps(config, ready.train_rows) == 2 * len(batches)
 

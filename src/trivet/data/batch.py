@@ -11,6 +11,9 @@ import torch.nn.functional as F
 
 from trivet.data.encode import IGNORE, Encoded
 
+#: Lengths are rounded up to so many tokens.
+MULTIPLE = 8
+
 
 @dataclass(frozen=True)
 class Collator:
@@ -24,7 +27,7 @@ class Collator:
     """
 
     pad_id: int
-    multiple: int = 8
+    multiple: int = MULTIPLE
     side: str = "right"
     shift: Callable[..., torch.Tensor] | None = None
     packed: bool = False
@@ -71,7 +74,7 @@ class Collator:
         }
 
     def _round(self, length: int) -> int:
-        return -(-length // self.multiple) * self.multiple
+        return rounded(length, self.multiple)
 
     def _stack(self, rows: Sequence[Sequence[int]], fill: int, length: int) -> torch.Tensor:
         out = torch.full((len(rows), length), fill)
@@ -91,11 +94,16 @@ def tokens_in(batch: dict[str, Any]) -> torch.Tensor:
     return batch["cu_seq_lens_q"][-2]  # the last row is padding
 
 
-def tokens_of(row: Encoded) -> int:
-    """How many tokens a row takes: an encoder-decoder's answers have room of their own."""
+def tokens_of(row: Encoded, multiple: int = 1) -> int:
+    """How many tokens a row takes, rounded up as it is padded: an encoder-decoder's answers have room of their own."""
     labels = row.get("labels")
-    beside = isinstance(labels, list) and len(labels) != len(row["input_ids"])
-    return len(row["input_ids"]) + (len(labels) if beside else 0)  # type: ignore[arg-type]
+    beside = labels if isinstance(labels, list) and len(labels) != len(row["input_ids"]) else ()
+    return rounded(len(row["input_ids"]), multiple) + rounded(len(beside), multiple)
+
+
+def rounded(length: int, multiple: int) -> int:
+    """`length`, or the next multiple above it."""
+    return -(-length // multiple) * multiple
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -35,10 +35,11 @@ class Head:
         Args:
             into: where to put the products h Wᵀ, in hidden's type, and the logits; new tensors where it is None.
         """
-        products, out = into or (hidden @ self.weight.T, None)
-        if into is not None:
-            torch.mm(hidden, self.weight.T, out=products)
-        out = products.float() if out is None else out.copy_(products)
+        if into is None:
+            out = (hidden @ self.weight.T).float()
+        else:
+            products, out = into
+            out.copy_(torch.mm(hidden, self.weight.T, out=products))
         if self.bias is not None:
             out += self.bias
         if self.scale != 1.0:

@@ -33,7 +33,7 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
     """Batches of rows that hold at most so many tokens, padding included (but one row at least).
 
     Which rows go together is decided once, from their lengths and the seed, so every epoch has as many steps; their
-    order changes with the epoch. The largest batch comes first.
+    order changes with the epoch. The very first batch is that of the longest rows, so memory trouble shows at once.
 
     Args:
         lengths: tokens of every row, as they are padded.
@@ -45,16 +45,14 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
         self.seed, self.epoch = seed, 0
         shuffled = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
         self.batches: list[list[int]] = []
-        held = 0
+        held = longest = 0
         for row in sorted(shuffled, key=lambda i: -lengths[i]):
-            longest = max(lengths[self.batches[-1][0]], 1) if self.batches else 0
-            grown = held + lengths[row] if packed else (len(self.batches[-1]) + 1) * longest if self.batches else 0
-            if self.batches and grown <= budget:
+            held += lengths[row] if packed else longest  # what the batch would hold with this row
+            if self.batches and held <= budget:
                 self.batches[-1].append(row)
-                held += lengths[row]
             else:
                 self.batches.append([row])
-                held = lengths[row]
+                held = longest = lengths[row]
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer before each pass, also when it resumes in the middle of one."""
@@ -65,6 +63,7 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         order = torch.randperm(len(self.batches), generator=torch.Generator().manual_seed(self.seed + self.epoch))
-        first = 0 if self.epoch == 0 else None  # rows are sorted, so this is the batch of the longest
-        rest = [i for i in order.tolist() if i != first]
-        return iter([self.batches[i] for i in ([] if first is None else [first]) + rest])
+        batches = [self.batches[i] for i in order.tolist()]
+        if self.epoch == 0:  # rows are sorted by length, so the first batch has the longest
+            batches.sort(key=lambda batch: batch is not self.batches[0])
+        return iter(batches)

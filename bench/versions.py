@@ -1,0 +1,22 @@
+"""Of what a benchmark was run with."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+
+def versions(*optional: str) -> dict[str, str]:
+    """Of python and packages, the `optional` ones where installed; trivet's is its commit in a git checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    out = {"python": platform.python_version(), "trivet": commit or version("trivet")}
+    out |= {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")}
+    for name in optional:
+        try:
+            out[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return out
