@@ -118,6 +118,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return get
 
 
+def losses_of(model: Any, optimizer: Any, batch: Any, labels: Any, steps: int) -> list[float]:
+    """Train a causal model on one batch; the loss before each step."""
+    from trivet.loss import training_loss
+
+    losses = []
+    for _ in range(steps):
+        loss = training_loss(model, batch, labels, task="causal-lm")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     """Rows as a JSON-lines file."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

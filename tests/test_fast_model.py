@@ -13,7 +13,7 @@ import transformers as hf
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import trivet.fast
-from conftest import tiny_model
+from conftest import losses_of, tiny_model
 from test_head import batch_of, language_model, split
 from trivet import attach
 from trivet.adapter.fast import FastLinear
@@ -302,14 +302,7 @@ def test_fifty_steps_follow_each_other() -> None:
     for model in pair("llama"):
         batch, labels = data(model)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-        taken = []
-        for _ in range(50):
-            loss = training_loss(model, batch, labels, task="causal-lm")
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            taken.append(loss.item())
-        losses.append(taken)
+        losses.append(losses_of(model, optimizer, batch, labels, 50))
     ours, theirs = losses
     assert theirs[-1] < 0.5 * theirs[0]
     assert ours == pytest.approx(theirs, rel=1e-4)

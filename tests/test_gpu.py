@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import tiny_model
+from conftest import losses_of, tiny_model
 from trivet.adapter.attach import attach
 from trivet.adapter.layers import adapted_layers
 from trivet.adapter.plan import optimizer
@@ -58,12 +58,5 @@ def test_losses_and_gradients_in_bfloat16(kind: str) -> None:
 
 def test_steps_cut_the_loss() -> None:
     model: Any = attach(tiny_model("llama", 64).to("cuda", torch.bfloat16), lora_rank=4, method="lora").train()
-    step, losses = optimizer(model, learning_rate=1e-2), []
-    batch, labels = batch_of(64)
-    for _ in range(30):
-        loss = training_loss(model, batch, labels, task="causal-lm")
-        loss.backward()
-        step.step()
-        step.zero_grad()
-        losses.append(loss.item())
+    losses = losses_of(model, optimizer(model, learning_rate=1e-2), *batch_of(64), 30)
     assert losses[-1] < losses[0] - 0.3
