@@ -176,7 +176,8 @@ def fit(session: Any, loaded: Loaded, config: Any) -> dict[str, float]:
     from rich.console import Console
     from transformers.trainer_utils import IntervalStrategy
 
-    from trivet.run import Prepared, make_trainer
+    from trivet.prepare import Prepared
+    from trivet.run import make_trainer
     from trivet.runfolder import RunFolder
     from trivet.train.callback import RunLog
 

@@ -111,7 +111,8 @@ def trivet_trainer(turns: Turns, spec: dict[str, Any], folder: Path) -> Any:
 
     import trivet.session
     from trivet.configio import load
-    from trivet.run import make_trainer, prepare
+    from trivet.prepare import prepare
+    from trivet.run import make_trainer
     from trivet.runfolder import RunFolder
     from trivet.train.callback import RunLog
 

@@ -16,7 +16,8 @@ from trivet.adapter.layers import adapted_layers
 from trivet.configio import load
 from trivet.data.encode import IGNORE
 from trivet.loss import token_losses, training_loss
-from trivet.run import make_trainer, prepare
+from trivet.prepare import prepare
+from trivet.run import make_trainer
 from trivet.runfolder import RunFolder
 from trivet.train.callback import RunLog
 

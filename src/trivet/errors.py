@@ -6,6 +6,8 @@ library's nearest error, so that `except ValueError` in somebody's script keeps 
 
 from __future__ import annotations
 
+from signal import SIGINT
+
 
 class TrivetError(Exception):
     """Anything trivet refuses or fails at on purpose. `exit_code` is what the command line ends with."""
@@ -44,3 +46,17 @@ class ProofError(TrivetError, RuntimeError):
 
 class StorageError(TrivetError, OSError):
     """The disk is full or a file cannot be written."""
+
+
+class DivergedError(TrivetError, ArithmeticError):
+    """Losses or gradients stopped being numbers, several steps in a row."""
+
+
+class InterruptedRunError(TrivetError, RuntimeError):
+    """A run was ended by a signal; it kept a checkpoint. The command ends with 128 + the signal's number."""
+
+    exit_code = 128 + SIGINT
+
+    def __init__(self, *message: str, signal: int = SIGINT) -> None:
+        super().__init__(*message)
+        self.exit_code = 128 + signal

@@ -29,6 +29,13 @@ def peak_memory() -> int:
     return int(peak if sys.platform == "darwin" else peak * 1024)  # macOS counts bytes, Linux KiB
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had on `device` now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Bytes that training will hold, by what for."""

@@ -8,6 +8,8 @@ import platform
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from trivet.adapter.attach import trainable_parameters
 from trivet.adapter.layers import adapted_layers
 from trivet.adapter.save import Proof
@@ -15,7 +17,7 @@ from trivet.evaluate.measure import Evaluation
 from trivet.memory import peak_memory
 
 if TYPE_CHECKING:
-    from trivet.run import Prepared
+    from trivet.prepare import Prepared
     from trivet.train.ranks import RankCallback
 
 
@@ -67,6 +69,9 @@ def build_result(
         "wall_seconds": round(seconds, 2),
         "proof": {"relative_logit_error": proof.error, "tolerance": proof.tolerance},
         "seed": ready.config.training.seed,
+        "deterministic": not (reasons := breaks_determinism(session.base.device)),
+        "nondeterministic_because": reasons,
+        "threads": torch.get_num_threads(),
         "data": {
             "format": splits.train.format,
             "rows": {k: len(v) for k in ("train", "validation", "test") if (v := getattr(splits, k)) is not None},
@@ -83,3 +88,10 @@ def build_result(
         },
         "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def breaks_determinism(device: torch.device) -> list[str]:
+    """Why the same seed on the same machine may give another adapter; empty where it gives the same, to the bit."""
+    if device.type == "cpu" or torch.are_deterministic_algorithms_enabled():
+        return []
+    return [f"kernels on {device.type} add in no fixed order; torch.use_deterministic_algorithms(True) forbids those"]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,76 +18,27 @@ import transformers
 from rich.console import Console
 from transformers import EarlyStoppingCallback, TrainingArguments
 
-from trivet.adapter.attach import trainable_parameters
 from trivet.adapter.plan import optimizer
-from trivet.adapter.save import save_adapter
+from trivet.adapter.save import Proof, save_adapter
 from trivet.allocator import keep_freed_memory
 from trivet.config import Config
 from trivet.configio import dump
 from trivet.configio import load as load_config
-from trivet.data.dataset import Dataset
-from trivet.data.encode import Encoded, Summary, encode_dataset
-from trivet.errors import ConfigError, TrivetError
+from trivet.errors import ConfigError, DivergedError, InterruptedRunError, StorageError, TrivetError
 from trivet.evaluate.measure import Evaluation, Settings, write_predictions
 from trivet.pictures import rank_map, rank_path
+from trivet.prepare import Prepared, prepare, say
 from trivet.result import build_result
+from trivet.resuming import check_data, check_same
 from trivet.runfolder import RunFolder, storage, write_json, write_text
 from trivet.schedule import planned_steps, token_batches
-from trivet.session import Session, begin, check_format, check_packing
-from trivet.splits import Splits, load_splits
+from trivet.session import Session, check_packing
 from trivet.train.callback import RunLog
-from trivet.train.checkpoint import newest_checkpoint, step_of
+from trivet.train.checkpoint import newest_checkpoint, notes_of, step_of, tidy
+from trivet.train.interruption import Interruption
 from trivet.train.trainer import Trainer
 
 log = logging.getLogger("trivet")
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Everything checked and encoded, nothing written yet."""
-
-    config: Config
-    splits: Splits
-    session: Session
-    train_rows: list[Encoded]
-    validation_rows: list[Encoded] | None
-    summary: Summary
-
-
-def prepare(config: Config, console: Console, **datasets: Any) -> Prepared:
-    """Read the data, load the model, attach the adapter, encode the rows; says what it found."""
-    splits = load_splits(config, **datasets)
-    if config.training.early_stopping_patience is not None and splits.validation is None:
-        raise ConfigError("training.early_stopping_patience needs validation rows; set data.validation")
-    for package in config.training.report_to:
-        if find_spec(package) is None:
-            raise ConfigError(f"training.report_to: {package} is not installed here; pip install {package}")
-    for name in ("train", "validation", "test"):
-        part: Dataset | None = getattr(splits, name)
-        if part is not None:
-            _say(console, f"{name}: {len(part):,} rows of format {part.format} from {part.source}")
-            if part.skipped:
-                _say(console, f"  skipped {len(part.skipped):,} bad rows, the first: {part.skipped[0]}")
-    session = begin(config, splits.train)
-    _say(console, f"model {session.base.describe()}")
-    train_rows, summary = encode_dataset(splits.train, session.encoder)
-    for line in summary.lines():
-        _say(console, f"  {line}")
-    validation_rows = None
-    if splits.validation is not None:
-        check_format(splits.validation, session.base.task)
-        validation_rows, _ = encode_dataset(splits.validation, session.encoder)
-    if splits.test is not None:
-        session.evaluator(splits.test)  # what is wrong with it should show now, not after the training
-    _say(
-        console,
-        f"method {config.method}: {trainable_parameters(session.model):,} trainable parameters",
-    )
-    return Prepared(config, splits, session, train_rows, validation_rows, summary)
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -99,19 +50,32 @@ class Outcome:
     evaluation: Evaluation | None
 
 
+#: How often a run that diverges goes back to its last checkpoint, at half the learning rate each time.
+ROLLBACKS = 2
+
+
 def train(
     config: Config,
     *,
     resume: bool = False,
     overwrite: bool = False,
+    force: bool = False,
     console: Console | None = None,
     **datasets: Any,
 ) -> Outcome:
     """Run `config`; `datasets` (train, validation, test) take the place of the files it names.
 
+    Args:
+        resume: go on with the run in the output folder.
+        overwrite: begin anew where a run is.
+        force: resume although data or settings are not the run's own.
+        console: where to say what happens; standard error by default.
+
     Raises:
         ConfigError, DataError, ModelError: before anything is written.
         StorageError, ProofError: the run folder keeps its last good checkpoint.
+        InterruptedRunError: by SIGINT or SIGTERM; the step under way was finished and a checkpoint kept.
+        DivergedError: losses or gradients are no numbers, at a quarter of the learning rate too.
     """
     console = console or Console(stderr=True)
     began = time.perf_counter()
@@ -122,36 +86,88 @@ def train(
     folder = RunFolder(Path(config.output_dir))
     folder.check_free(resume=resume, overwrite=overwrite)
     if resume:
-        _check_same(config, load_config(folder.config), folder)
-    ready = prepare(config, console, **datasets)
-    session = ready.session
-    log_callback = RunLog(folder.log, console)
-    with _writing(folder, log_callback, fresh=not resume):
-        folder.begin(dump(config), resume=resume)
-        trainer = make_trainer(ready, folder, log_callback)
-        ranks = trainer.ranks
-        checkpoint = newest_checkpoint(folder.checkpoints, ranks.files) if resume else None
-        if resume:
-            where = f"step {step_of(checkpoint)}" if checkpoint else "the beginning: no whole checkpoint was left"
-            _say(console, f"resuming from {where}")
-        if checkpoint:
-            ranks.resume(checkpoint)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        check_same(config, load_config(folder.config), folder, force=force)
+    ready, fresh = prepare(config, console, **datasets), not resume
+    checkpoint = newest_checkpoint(folder.checkpoints) if resume else None
+    if checkpoint is not None and not force:
+        check_data(ready.splits, checkpoint)
+    rate = notes_of(checkpoint)["rate"] if checkpoint else 1.0
+    while True:
+        log_callback = RunLog(folder.log, console)
+        try:
+            with _writing(folder, log_callback, fresh=fresh):
+                trainer = _fit(ready, folder, console, log_callback, resume=resume, checkpoint=checkpoint, rate=rate)
+                proof = save_adapter(
+                    ready.session.model,
+                    folder.adapter,
+                    ready.session.probe(ready.train_rows),
+                    tokenizer=ready.session.tokenizer,
+                    notes=ready.session.notes(),
+                )
+        except DivergedError as error:
+            if rate <= 0.5**ROLLBACKS:
+                raise
+            rate, checkpoint, resume = rate / 2, newest_checkpoint(folder.checkpoints), True
+            say(console, f"{error}\ngoing back to the last checkpoint, at {rate:g} of the learning rate")
+            ready = prepare(config, Console(quiet=True), **datasets)  # ranks may have changed since that checkpoint
+            continue
+        say(console, f"adapter saved to {folder.adapter}; {proof}")
+        return _measure(ready, folder, console, trainer, log_callback, proof, began)
 
-    proof = save_adapter(
-        session.model,
-        folder.adapter,
-        session.probe(ready.train_rows),
-        tokenizer=session.tokenizer,
-        notes=session.notes(),
-    )
-    _say(console, f"adapter saved to {folder.adapter}; {proof}")
+
+def _fit(
+    ready: Prepared,
+    folder: RunFolder,
+    console: Console,
+    log_callback: RunLog,
+    *,
+    resume: bool,
+    checkpoint: Path | None,
+    rate: float,
+) -> Trainer:
+    """Train to the end, from `checkpoint` if there is one. Raises `InterruptedRunError` where a signal ended it."""
+    folder.begin(dump(ready.config), resume=resume)
+    tidy(folder.checkpoints)
+    interruption = Interruption(console)
+    trainer = make_trainer(ready, folder, log_callback, interruption, rate=rate)
+    if resume:
+        where = f"step {step_of(checkpoint)}" if checkpoint else "the beginning: no whole checkpoint was left"
+        say(console, f"resuming from {where}")
+    if checkpoint:
+        trainer.ranks.resume(checkpoint)
+    with interruption.watching():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if interruption.signal:
+        raise InterruptedRunError(
+            f"interrupted by {signal.Signals(interruption.signal).name} after step {trainer.state.global_step}"
+            + (f"; {trainer.unsaved}" if trainer.unsaved else f", which is kept in {folder.checkpoints}")
+            + f". Go on with: trivet train {folder.config} --resume",
+            signal=interruption.signal,
+        )
+    return trainer
+
+
+def _measure(
+    ready: Prepared,
+    folder: RunFolder,
+    console: Console,
+    trainer: Trainer,
+    log_callback: RunLog,
+    proof: Proof,
+    began: float,
+) -> Outcome:
+    """Evaluate base and tuned, and write what was found out.
+
+    Raises:
+        StorageError: at the very end, where something on the way could not be written.
+    """
+    session, ranks = ready.session, trainer.ranks
     which = "test" if ready.splits.test is not None else "validation"
     evaluation = None
     rows = ready.splits.test if ready.splits.test is not None else ready.splits.validation
     if rows is not None:
-        _say(console, f"evaluating base and tuned on {len(rows):,} {which} rows")
-        settings = Settings.of(config.evaluation)
+        say(console, f"evaluating base and tuned on {len(rows):,} {which} rows")
+        settings = Settings.of(ready.config.evaluation)
         evaluation = session.evaluator(rows, settings).side_by_side(session.model)
     result = build_result(
         ready,
@@ -169,20 +185,23 @@ def train(
         seen = [(row["step"], row["eval_loss"]) for row in trainer.state.log_history if "eval_loss" in row]
         rank_map(result["ranks"], folder.rank_map)
         rank_path(result["rank_history"], seen, folder.rank_path)
-        _say(console, f"ranks and their path drawn in {folder.rank_map} and {folder.rank_path.name}")
+        say(console, f"ranks and their path drawn in {folder.rank_map} and {folder.rank_path.name}")
     write_json(folder.result, result)
+    lost = [str(problem) for problem in (log_callback.unwritten, trainer.unsaved) if problem]
+    if lost:
+        raise StorageError(f"run {folder.path}: the adapter and the result are whole, but on the way {'; '.join(lost)}")
     return Outcome(session, result, evaluation)
 
 
-def make_trainer(ready: Prepared, folder: RunFolder, log_callback: RunLog) -> Trainer:
-    """The Trainer for a prepared run."""
+def make_trainer(ready: Prepared, folder: RunFolder, log_callback: RunLog, *further: Any, rate: float = 1.0) -> Trainer:
+    """The Trainer for a prepared run, at a share `rate` of its learning rate; `further` are more callbacks."""
     settings, session = ready.config.training, ready.session
     held = ready.validation_rows
     steps = planned_steps(ready.config, ready.train_rows)
     if settings.packing:
         check_packing(session, ready.train_rows)
     every = settings.eval_steps or max(1, -(-steps // 5))
-    callbacks: list[Any] = [log_callback]
+    callbacks: list[Any] = [log_callback, *further]
     if settings.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(settings.early_stopping_patience))
     with _explained_arguments():
@@ -235,6 +254,9 @@ def make_trainer(ready: Prepared, folder: RunFolder, log_callback: RunLog) -> Tr
         tokenizer=session.tokenizer,
         z_loss=settings.z_loss,
         batches=token_batches(ready.config, ready.train_rows),
+        origins=ready.summary.origins,
+        notes={"data": ready.splits.fingerprints()},
+        rate=rate,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     log_callback.bind(trainer)
@@ -268,19 +290,3 @@ def _writing(folder: RunFolder, log_callback: RunLog, *, fresh: bool) -> Iterato
                 "training.gradient_checkpointing: true"
             ) from error
         raise
-
-
-def _check_same(config: Config, before: Config, folder: RunFolder) -> None:
-    """A resumed run must be the same run: other settings would give something that was never asked for."""
-    changed = []
-    for section in ("model", "data", "training"):
-        ours, theirs = getattr(config, section), getattr(before, section)
-        changed += [
-            f"{section}.{name} ({getattr(theirs, name)} then, {getattr(ours, name)} now)"
-            for name in type(ours).__dataclass_fields__
-            if getattr(ours, name) != getattr(theirs, name)
-        ]
-    if config.method != before.method:
-        changed.append(f"method ({before.method} then, {config.method} now)")
-    if changed:
-        raise ConfigError(f"run {folder.path}: can't be resumed with other settings: {'; '.join(changed)}")

@@ -22,7 +22,8 @@ from trivet.data.batch import Collator, tokens_in
 from trivet.data.encode import IGNORE, Encoded
 from trivet.errors import ConfigError
 from trivet.loss import training_loss
-from trivet.run import make_trainer, prepare, train
+from trivet.prepare import prepare
+from trivet.run import make_trainer, train
 from trivet.runfolder import RunFolder
 from trivet.schedule import planned_steps, token_batches
 from trivet.train.callback import RunLog

@@ -95,12 +95,11 @@ def test_a_run_interrupted_while_ranks_change_ends_bit_for_bit_the_same(place: P
 def test_a_checkpoint_without_the_policys_state_is_passed_over(place: Path, tmp_path: Path) -> None:
     run(place, tmp_path / "whole", METHODS["squeeze"])
     folder = tmp_path / "whole" / "checkpoints"
-    files = ("rank_state.json", "rank_state.safetensors")
-    assert newest_checkpoint(folder, files) == folder / "checkpoint-20"
+    assert newest_checkpoint(folder) == folder / "checkpoint-20"
     (folder / "checkpoint-20" / "rank_state.json").unlink()
     cut = folder / "checkpoint-16" / "rank_state.safetensors"
     cut.write_bytes(b"")
-    assert newest_checkpoint(folder, files) == folder / "checkpoint-12"
+    assert newest_checkpoint(folder) == folder / "checkpoint-12"
 
 
 def test_checkpoints_shrink(place: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ def register(app: typer.Typer) -> None:
         arguments: Annotated[list[str], typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="config and overrides")],
         resume: Annotated[bool, typer.Option("--resume", help="go on with the run in output_dir")] = False,
         overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run in output_dir")] = False,
+        force: Annotated[bool, typer.Option("--force", help="resume despite other data or settings")] = False,
     ) -> None:
         """Fine-tune, save the adapter (proved by reloading it), and evaluate base and tuned side by side."""
         from trivet.configio import load
@@ -29,7 +30,7 @@ def register(app: typer.Typer) -> None:
         from trivet.run import train as run  # imports torch: not before the config is right
 
         try:
-            outcome = run(config, resume=resume, overwrite=overwrite)
+            outcome = run(config, resume=resume, overwrite=overwrite, force=force)
         except KeyboardInterrupt:
             if Path(config.output_dir).exists():  # what has no checkpoint yet is removed
                 typer.echo(f"run folder {config.output_dir} keeps its checkpoints; --resume goes on with it", err=True)

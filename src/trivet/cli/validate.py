@@ -26,20 +26,14 @@ def register(app: typer.Typer) -> None:
         config = load(path, overrides)
         from rich.console import Console
 
-        from trivet.memory import estimate  # imports torch: not before the config is right
-        from trivet.run import prepare
+        from trivet.prepare import memory_needed, prepare  # imports torch: not before the config is right
         from trivet.schedule import planned_steps
 
         ready = prepare(config, Console(highlight=False))
         for index, row in enumerate(ready.train_rows[:rows]):
             typer.echo(f"\nrow {index + 1}, as the model sees it; what is learned stands between « and »:")
             typer.echo(marked(row, ready.session.tokenizer))
-        needed = estimate(
-            ready.session.model,
-            rows=config.training.batch_size,
-            length=ready.summary.longest,
-            checkpointing=config.training.gradient_checkpointing,
-        )
+        needed = memory_needed(ready)
         typer.echo(
             f"\n{planned_steps(config, ready.train_rows):,} steps; estimated memory at the longest rows: "
             f"{needed.total / 2**30:.1f} GiB ({needed}). Nothing was trained or written; the config is valid."

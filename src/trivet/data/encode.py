@@ -32,6 +32,7 @@ class Summary:
     tokens: int = 0
     supervised: int = 0
     longest: int = 0
+    origins: list[str] = field(default_factory=list)  # where each encoded row comes from
     shortened: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
 
@@ -271,10 +272,7 @@ class LabelEncoder:
 def encode_dataset(
     dataset: Dataset | Iterable[Example], encoder: TextEncoder | LabelEncoder
 ) -> tuple[list[Encoded], Summary]:
-    """All rows encoded, and the summary of what was cut or left out.
-
-    Raises `DataError` where the chat template refuses a row, or nothing is left to learn from.
-    """
+    """All rows encoded, and what was cut or left out; `DataError` if the template refuses a row or none is left."""
     rows: list[Encoded] = []
     summary = Summary()
     for example in dataset:
@@ -288,6 +286,7 @@ def encode_dataset(
             summary.shortened.append(example.origin)
         summary.longest = max(summary.longest, *(len(row["input_ids"]) for row in encoded), 0)
         rows += encoded
+        summary.origins += [example.origin] * len(encoded)
     if not rows:
         raise DataError(f"no row has a token to learn from; dropped: {', '.join(summary.dropped[:3])}")
     summary.rows = len(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -13,8 +14,10 @@ from rich.live import Live
 from rich.text import Text
 from transformers import TrainerCallback
 
-from trivet.errors import StorageError, TrivetError
+from trivet.errors import StorageError
 from trivet.memory import current_memory
+from trivet.runfolder import storage, write_text
+from trivet.train.numbers import Spikes, listed
 
 
 def _size(n: float) -> str:
@@ -36,6 +39,9 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
         self.live: Live | None = None
         self.steps: list[dict[str, Any]] = []  # this process's steps, for the summary
         self.validation: float | None = None
+        self.spikes = Spikes()
+        #: Why the log could not be written to its end; None where it was.
+        self.unwritten: StorageError | None = None
         self.began = self.ended = 0.0
 
     def bind(self, trainer: Any) -> None:
@@ -46,17 +52,18 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
             return
         kept = []
         if self.path.exists():  # resuming: steps after the checkpoint are about to be trained again
-            for line in self.path.read_text(encoding="utf-8").splitlines():
+            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
-                    if json.loads(line)["step"] <= state.global_step:
+                    row = json.loads(line)
+                    if row["step"] <= state.global_step:
                         kept.append(line)
-                except (ValueError, KeyError):
+                        if row.get("loss") is not None:
+                            self.spikes.found(row["loss"])
+                except (ValueError, KeyError, TypeError, AttributeError):
                     continue  # a line that a killed run left unfinished
-        try:
-            self.file = self.path.open("w", encoding="utf-8")
-            self.file.writelines(line + "\n" for line in kept)
-        except OSError as error:
-            raise StorageError(f"log {self.path}: can't be written: {error}") from error
+        write_text(self.path, "".join(line + "\n" for line in kept))
+        with storage(f"log {self.path}"):
+            self.file = self.path.open("a", encoding="utf-8")
         if self.console.is_terminal:
             self.live = Live(console=self.console, auto_refresh=False, transient=False)
             self.live.start()
@@ -69,7 +76,7 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
         self.ended = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if self.file is None or logs is None:
+        if self.trainer is None or logs is None or not state.is_world_process_zero:
             return
         row: dict[str, Any] = {"step": state.global_step}
         if "loss" in logs:
@@ -84,6 +91,7 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
                 "memory_bytes": current_memory(),
                 "adapter_parameters": self.trainer.ranks.parameters,
             }
+            self._point_out(row)
             self.steps.append(row)
             self._show(row, state)
         elif "eval_loss" in logs:
@@ -92,17 +100,26 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
             self._say(f"step {state.global_step}: validation loss {self.validation:.4f}")
         else:
             return
+        if self.file is None:
+            return
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         try:
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-            self.file.write(json.dumps(finite) + "\n")
-            self.file.flush()
-        except OSError as error:
-            raise StorageError(f"log {self.path}: can't be written: {error}") from error
-        if not math.isfinite(row.get("loss", 0.0)):  # the gradient, and with it the adapter, is lost
-            raise TrivetError(
-                f"training diverged: the loss of step {state.global_step} is {row['loss']}. Lower "
-                f"training.learning_rate (now {args.learning_rate:g}), or set model.dtype to float32 or bfloat16"
-            )
+            with storage(f"log {self.path}"):
+                self.file.write(json.dumps(finite, ensure_ascii=False) + "\n")
+                self.file.flush()
+        except StorageError as error:
+            self.unwritten, self.file = error, None
+            self._say(f"{error}. Training goes on without a log")
+
+    def _point_out(self, row: dict[str, Any]) -> None:
+        """Add to `row`, and say, that its step was not taken or that its loss is suddenly high."""
+        reason = self.trainer.watch.reason
+        if reason:
+            row |= {"skipped": reason, "rows": self.trainer.step_rows()}
+            self._say(f"step {row['step']} was not taken: {reason}; its rows: {listed(row['rows'])}")
+        elif self.spikes.found(row["loss"]):
+            row |= {"spike": True, "rows": self.trainer.step_rows()}
+            self._say(f"step {row['step']}: the loss is suddenly {row['loss']:.4f}; its rows: {listed(row['rows'])}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.close()
@@ -113,7 +130,8 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
             self.live.stop()
             self.live = None
         if self.file is not None:
-            self.file.close()
+            with contextlib.suppress(OSError):  # each line was flushed, and what failed was said
+                self.file.close()
             self.file = None
 
     @property

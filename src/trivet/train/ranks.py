@@ -54,7 +54,7 @@ class RankCallback(TrainerCallback):  # type: ignore[misc]
         self._layers: list[AdaptedLayer] | None = None
         self._parameters: int | None = None
         self._restored: Mapping[str, torch.Tensor] | None = None
-        self._measuring = False
+        self._measuring = self._skipped = False
 
     @property
     def layers(self) -> list[AdaptedLayer]:
@@ -73,11 +73,6 @@ class RankCallback(TrainerCallback):  # type: ignore[misc]
     def _changed(self) -> None:
         self._layers = self._parameters = None
 
-    @property
-    def files(self) -> tuple[str, ...]:
-        """What a checkpoint needs of us to be whole."""
-        return (STATE, MOMENTS) if self.policy.moving else ()
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not self.policy.settled(state.global_step, state.max_steps):
             self.collector = Collector(self.layers, sketch=self.policy.sketch, seed=args.seed, decay=0.95)
@@ -85,12 +80,13 @@ class RankCallback(TrainerCallback):  # type: ignore[misc]
                 self.collector.load_state_dict(self._restored)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._skipped = False
         if self.collector is not None and self.policy.measures(state.global_step, state.max_steps):
             self.collector.on()
             self._measuring = True
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.collector is not None:
+        if self.collector is not None and not self._skipped:
             began = time.perf_counter()
             if self._measuring:
                 self.collector.off()
@@ -98,6 +94,11 @@ class RankCallback(TrainerCallback):  # type: ignore[misc]
                 self._measuring = False
             self.policy.observe(self.layers)
             self.seconds += time.perf_counter() - began
+
+    def skip(self) -> None:
+        """Learn nothing from this step: its gradients are no numbers."""
+        self.give_up()
+        self._skipped = True
 
     def give_up(self) -> None:
         """Measure nothing in this step: a backward pass broke off in it."""
@@ -139,8 +140,9 @@ class RankCallback(TrainerCallback):  # type: ignore[misc]
             return self.validation()
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero and self.files:
-            self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir() and not (folder / STATE).exists():  # trivet's own has it
+            self.save(folder)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._stop()
@@ -153,7 +155,9 @@ class RankCallback(TrainerCallback):  # type: ignore[misc]
     # -- checkpoints -----------------------------------------------------------------------------------------
 
     def save(self, checkpoint: Path) -> None:
-        """Put the policy's state beside a checkpoint's adapter."""
+        """Put the policy's state beside a checkpoint's adapter, if it has one."""
+        if not self.policy.moving:
+            return
         state = self.policy.state_dict()
         tensors = {f"policy/{k}": v.contiguous() for k, v in state.items() if isinstance(v, torch.Tensor)}
         if self.collector is not None:

@@ -67,3 +67,20 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
         if self.epoch == 0:  # rows are sorted by length, so the first batch has the longest
             batches.sort(key=lambda batch: batch is not self.batches[0])
         return iter(batches)
+
+
+def rows_of_step(
+    sampler: LengthSampler | TokenBudgetSampler, step: int, micro_batches: int, batch_size: int
+) -> list[int]:
+    """The rows that optimizer step `step` (from 0) of a run learns from, over its micro-batches on all processes."""
+    count = -(-len(sampler) // (1 if isinstance(sampler, TokenBudgetSampler) else batch_size))
+    epoch, index = divmod(step, -(-count // micro_batches))
+    before = sampler.epoch
+    sampler.set_epoch(epoch)
+    if isinstance(sampler, TokenBudgetSampler):
+        batches = list(sampler)
+    else:
+        order = list(sampler)
+        batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    sampler.set_epoch(before)
+    return [row for batch in batches[index * micro_batches : (index + 1) * micro_batches] for row in batch]

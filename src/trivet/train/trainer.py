@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
-from pathlib import Path
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,26 +11,31 @@ import transformers
 
 from trivet.data.batch import Collator, tokens_in
 from trivet.data.encode import IGNORE, Encoded
+from trivet.errors import DivergedError
 from trivet.evaluate.score import row_scores
 from trivet.loss import training_loss
-from trivet.runfolder import storage
+from trivet.train.numbers import LIMIT, Watch, listed
 from trivet.train.oom import Halver
 from trivet.train.ranks import RankCallback
-from trivet.train.sampler import LengthSampler, TokenBudgetSampler
+from trivet.train.sampler import LengthSampler, TokenBudgetSampler, rows_of_step
+from trivet.train.saving import CheckpointTrainer
 
 #: The update rule: model, learning_rate=, weight_decay= -> optimizer.
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 
 
-class Trainer(transformers.Trainer):  # type: ignore[misc]
+class Trainer(CheckpointTrainer):
     """Trains an adapted model.
 
     A step's loss is the mean over all supervised tokens of all its micro-batches on all devices, whatever the
-    architecture; validation likewise is the mean over tokens, not over batches.
+    architecture; validation likewise is the mean over tokens, not over batches. A step whose loss or gradient is not
+    finite changes nothing. A checkpoint that can't be written is done without.
+
+    Raises (from `train`):
+        DivergedError: three such steps in a row, or no other step before the end.
     """
 
     loss_is_scaled_for_ga = True
-    optimizer: Any
     control: Any
 
     def __init__(
@@ -48,9 +52,21 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         tokenizer: Any,
         z_loss: float = 0.0,
         batches: TokenBudgetSampler | None = None,
+        origins: Sequence[str] = (),
+        notes: dict[str, Any] | None = None,
+        rate: float = 1.0,
     ) -> None:
-        """`collator` makes the training's batches; `batches` says which rows go together, else batch_size of them."""
-        self.z_loss, self.batches = z_loss, batches
+        """
+        Args:
+            collator: makes the training's batches.
+            batches: which rows go together, else batch_size of them.
+            origins: where each training row comes from (file:line), for messages about it.
+            notes: what a checkpoint is to say of the run beside its state.
+            rate: share of `args.learning_rate` to train at, also where a checkpoint says another.
+        """
+        self.z_loss, self.batches, self.origins, self.rate = z_loss, batches, origins, rate
+        self.notes = {**(notes or {}), "rate": rate}
+        self.watch = Watch()
         self.task, self.collator, self.optimizer_factory = task, collator, optimizer
         self.ranks = RankCallback(
             model,
@@ -112,8 +128,41 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         """Forward and backward pass of a micro-batch, in halves where memory has no room for it."""
         step = super().training_step
         if self.args.world_size > 1 or self.collator.packed:  # processes step together; packed rows are one
-            return step(model, inputs, num_items_in_batch)
-        return self.halver.run(lambda batch: step(model, batch, num_items_in_batch), inputs)
+            return self.watch.loss(step(model, inputs, num_items_in_batch))
+        return self.watch.loss(self.halver.run(lambda batch: step(model, batch, num_items_in_batch), inputs))
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The gradient's norm; where it or the loss is not finite, the step is not taken."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        loss = self.watch.total()
+        if self.args.world_size > 1:
+            loss = self.accelerator.reduce(loss, "sum")  # so that all processes decide alike
+        if not self.watch.step(float(loss), float(norm)):
+            # accelerate's own switch: its optimizer waits for the gradients of a step that is not complete
+            self.accelerator.gradient_state._set_sync_gradients(False)
+            self.ranks.skip()
+        return norm
+
+    def step_rows(self) -> list[str]:
+        """Where the rows of the step that was just counted come from."""
+        size = self.args.gradient_accumulation_steps * self.args.world_size
+        sampler = self.batches or self._get_train_sampler()
+        rows = rows_of_step(sampler, self.state.global_step - 1, size, self.args.per_device_train_batch_size)
+        return [self.origins[row] if self.origins else f"row {row + 1}" for row in rows]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Hand `logs` to all loggers, then stop where training has diverged."""
+        if "loss" in logs and self.watch.reason:
+            logs["loss"] = math.nan
+        super().log(logs, start_time)
+        skipped, last = self.watch.skipped, self.state.global_step == self.state.max_steps
+        if skipped >= LIMIT or (last and skipped == self.watch.steps > 0):
+            raise DivergedError(
+                f"training diverged: {skipped} steps in a row up to step {self.state.global_step} could not be taken, "
+                f"the last because {self.watch.reason}; its rows: {listed(self.step_rows())}. Lower "
+                f"training.learning_rate (now {self.args.learning_rate * self.rate:g}), or set model.dtype to float32 "
+                "or bfloat16"
+            )
 
     def _trained(self) -> list[torch.nn.Parameter]:
         """What the optimizer steps (asking the model would walk through all of it in every step)."""
@@ -133,7 +182,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         if self.optimizer is None:
             self.optimizer = self.optimizer_factory(
                 self.accelerator.unwrap_model(self.model if model is None else model),
-                learning_rate=self.args.learning_rate,
+                learning_rate=self.args.learning_rate * self.rate,
                 weight_decay=self.args.weight_decay,
             )
         return self.optimizer
@@ -171,13 +220,3 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         """Per row: summed loss, right answers, and items; (3, rows) float64."""
         model, size = self.accelerator.unwrap_model(self.model), self.args.per_device_eval_batch_size
         return row_scores(model, rows, self.collator.padded(), task=self.task, batch_size=size)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """A checkpoint that could not be written is removed, so that no half of one is ever found."""
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        try:
-            with storage(f"checkpoint {folder}"):
-                super()._save_checkpoint(model, trial)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise

@@ -1,0 +1,89 @@
+"""What a run needs before it begins: data read, model loaded, adapter attached, rows encoded; nothing is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+from rich.console import Console
+
+from trivet.adapter.attach import trainable_parameters
+from trivet.config import Config
+from trivet.data.dataset import Dataset
+from trivet.data.encode import Encoded, Summary, encode_dataset
+from trivet.errors import ConfigError
+from trivet.memory import Estimate, estimate, free_memory
+from trivet.session import Session, begin, check_format
+from trivet.splits import Splits, load_splits
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything checked and encoded, nothing written yet."""
+
+    config: Config
+    splits: Splits
+    session: Session
+    train_rows: list[Encoded]
+    validation_rows: list[Encoded] | None
+    summary: Summary
+
+
+def prepare(config: Config, console: Console, **datasets: Any) -> Prepared:
+    """Read the data, load the model, attach the adapter, encode the rows; says what it found."""
+    splits = load_splits(config, **datasets)
+    if config.training.early_stopping_patience is not None and splits.validation is None:
+        raise ConfigError("training.early_stopping_patience needs validation rows; set data.validation")
+    for package in config.training.report_to:
+        if find_spec(package) is None:
+            raise ConfigError(f"training.report_to: {package} is not installed here; pip install {package}")
+    for name in ("train", "validation", "test"):
+        part: Dataset | None = getattr(splits, name)
+        if part is not None:
+            say(console, f"{name}: {len(part):,} rows of format {part.format} from {part.source}")
+            if part.skipped:
+                say(console, f"  skipped {len(part.skipped):,} bad rows, the first: {part.skipped[0]}")
+    session = begin(config, splits.train)
+    say(console, f"model {session.base.describe()}")
+    train_rows, summary = encode_dataset(splits.train, session.encoder)
+    for line in summary.lines():
+        say(console, f"  {line}")
+    validation_rows = None
+    if splits.validation is not None:
+        check_format(splits.validation, session.base.task)
+        validation_rows, _ = encode_dataset(splits.validation, session.encoder)
+    if splits.test is not None:
+        session.evaluator(splits.test)  # what is wrong with it should show now, not after the training
+    say(
+        console,
+        f"method {config.method}: {trainable_parameters(session.model):,} trainable parameters",
+    )
+    ready = Prepared(config, splits, session, train_rows, validation_rows, summary)
+    needed, free = memory_needed(ready), free_memory(session.base.device)
+    more = needed.total - needed.weights  # which are there already
+    if more > free:
+        say(
+            console,
+            f"  memory may not suffice: the longest rows need about {more / 2**30:.1f} GiB more, of which "
+            f"{free / 2**30:.1f} are free. Lower training.batch_size or data.max_length, or set "
+            "training.gradient_checkpointing: true",
+        )
+    return ready
+
+
+def memory_needed(ready: Prepared) -> Estimate:
+    """What a micro-step of the longest rows will hold, roughly."""
+    settings, longest = ready.config.training, ready.summary.longest
+    tokens = max(settings.max_tokens_per_batch, longest) if settings.max_tokens_per_batch else None
+    return estimate(
+        ready.session.model,
+        rows=1 if tokens else settings.batch_size,
+        length=tokens or longest,
+        checkpointing=settings.gradient_checkpointing,
+    )
+
+
+def say(console: Console, line: str) -> None:
+    """A line for the person."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)

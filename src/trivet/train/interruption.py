@@ -1,0 +1,60 @@
+"""Ctrl-C and SIGTERM: the step under way is finished and kept; a second signal ends the process at once."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import TrainerCallback
+
+
+class Interruption(TrainerCallback):  # type: ignore[misc]
+    """Ends training with a checkpoint, in all processes after the same step, once one of them was sent a signal."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        #: The signal's number; None while there was none.
+        self.signal: int | None = None
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Catches signals in the block; only the main thread can, elsewhere they go where they went."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        # A shell's background jobs ignore SIGINT, and are to go on doing so.
+        wanted = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN]
+        before = {s: signal.signal(s, self._caught) for s in wanted}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _caught(self, number: int, _: Any) -> None:
+        self.signal = number
+        for further, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+            if signal.getsignal(further) is not signal.SIG_IGN:
+                signal.signal(further, handler)
+        name = signal.Signals(number).name
+        self.console.print(f"{name}: finishing the step and saving it; once more to stop at once", highlight=False)
+
+    def _stop(self, args: Any, control: Any) -> None:
+        number = torch.tensor(self.signal or 0)
+        if args.world_size > 1:
+            number = number.to(args.device)
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+        if number:
+            self.signal = int(number)
+            control.should_training_stop = control.should_save = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._stop(args, control)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._stop(args, control)  # a validation may have taken minutes
