@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from trivet.adapter.attach import attach
-from trivet.adapter.save import load_adapter, read_config, read_notes
+from trivet.adapter.load import load_adapter, read_config, read_notes
 from trivet.config import Config, TrainingConfig
 from trivet.data.batch import Collator, to_device
 from trivet.data.dataset import Dataset

@@ -20,16 +20,14 @@ from conftest import save_tiny
 from trivet.adapter import save
 from trivet.adapter.attach import attach
 from trivet.adapter.layers import adapted_layers
+from trivet.adapter.load import load_adapter, read_config, read_notes
 from trivet.adapter.save import (
     compare_logits,
     export,
-    load_adapter,
     logits,
     merge,
     portable,
     prove_adapter,
-    read_config,
-    read_notes,
     save_adapter,
 )  # fmt: skip
 from trivet.errors import AdapterError, ConfigError, ProofError
@@ -391,7 +389,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "unknown type": (lambda d: change_config(d, peft_type="NO_SUCH"), "adapter_config.json"),
     "rank as text": (lambda d: change_config(d, r="four"), "does not fit|adapter_config.json"),
     "rank 0": (lambda d: change_config(d, r=0), "does not fit|adapter_config.json"),
-    "other rank": (lambda d: change_config(d, rank_pattern={}), "does not fit"),
+    "other rank": (lambda d: change_config(d, rank_pattern={}), "do not belong together"),
     "no such layer": (lambda d: change_config(d, target_modules=["nothing"]), "does not fit"),
     "no weights": (lambda d: (d / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
     "pickled weights": (

@@ -312,7 +312,7 @@ CASES = [
     # -- what was trained
     Case("no adapter_config.json", "evaluate adapter", 1, ("adapter adapter: has no adapter_config.json",),
          lambda w: (w.adapter() / "adapter_config.json").unlink()),
-    Case("bad adapter_config.json", "evaluate adapter --data train.jsonl", 1, ("adapter_config.json can't be read",),
+    Case("bad adapter_config.json", "evaluate adapter --data train.jsonl", 1, ("adapter_config.json: can't be read",),
          damage("adapter_config.json", 20)),
     Case("bad trivet.json", "evaluate adapter --data train.jsonl", 1, ("trivet.json: can't be read",),
          damage("trivet.json", 20)),
