@@ -29,6 +29,7 @@ from trivet.data.dataset import Dataset
 from trivet.data.encode import Encoded, Summary, encode_dataset
 from trivet.errors import ConfigError, TrivetError
 from trivet.evaluate.measure import Evaluation, Settings, write_predictions
+from trivet.lock import releasing
 from trivet.pictures import rank_map, rank_path
 from trivet.result import build_result
 from trivet.runfolder import RunFolder, storage, write_json, write_text
@@ -99,6 +100,7 @@ class Outcome:
     evaluation: Evaluation | None
 
 
+@releasing
 def train(
     config: Config,
     *,

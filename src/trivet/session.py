@@ -45,7 +45,7 @@ class Session:
         """For encoder-decoders: labels -> decoder inputs."""
         if self.base.task != "seq2seq":
             return None
-        return self.model.get_base_model().prepare_decoder_input_ids_from_labels
+        return self.base.model.prepare_decoder_input_ids_from_labels
 
     @property
     def collator(self) -> Collator:

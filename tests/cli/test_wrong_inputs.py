@@ -327,7 +327,7 @@ CASES = [
     Case("bad template", f"{TRAIN} chat_template=bad.jinja", 1, ("train.jsonl:1: the chat template refuses the row",),
          lambda w: w.write("bad.jinja", "{% for x %}")),
     Case("truncated weights", "generate adapter -p hi", 1,
-         ("adapter adapter: does not fit the base model or is damaged",),
+         ("adapter adapter: adapter_model.safetensors can't be read, it is damaged",),
          damage("adapter_model.safetensors", 500), process=True),
     Case("weights only as .bin", "merge adapter merged", 1, ("has no adapter_model.safetensors", "pickles"), only_bin),
     Case("other base model", "generate adapter -p hi --base-model LLAMA", 1, ("adapter adapter: does not fit",),

@@ -11,6 +11,8 @@ from typing import Any
 
 from trivet.errors import DataError
 
+#: How deep lists and objects may lie in each other.
+DEEPEST = 64
 #: A chat turn as chat templates take it: {"role": ..., "content": ...} and whatever else the template reads.
 Message = dict[str, Any]
 
@@ -46,6 +48,8 @@ def _string(row: Mapping[str, Any], column: str, *, empty: bool = False) -> str:
     value = row.get(column)
     if value is None:
         raise _BadValueError(f"column `{column}` is missing")
+    if isinstance(value, float) and not math.isfinite(value):  # how tables write what is missing
+        raise _BadValueError(f"column `{column}` is {value}, expected text")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
@@ -136,9 +140,7 @@ def _prompt_completion(row: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(completion, str):
             completion = [{"role": "assistant", "content": completion}]
         if not isinstance(completion, list):
-            raise _BadValueError(
-                "column `completion` must be text or a list of turns where `prompt` is a list of turns"
-            )
+            raise _BadValueError("column `completion` must be text or turns where `prompt` is a list of turns")
         return {
             "messages": _turns([*row["prompt"], *completion], "prompt", "role", "content"),
             "tools": _tools(row),
@@ -188,9 +190,7 @@ def _classification(row: Mapping[str, Any]) -> dict[str, Any]:
     label = row.get("label")
     if isinstance(label, (bool, int)):
         label = str(label)
-    elif isinstance(label, float) and math.isfinite(
-        label
-    ):  # pandas writes whole numbers as floats where some are missing
+    elif isinstance(label, float) and math.isfinite(label):  # pandas writes whole numbers so where some are missing
         label = str(int(label)) if label.is_integer() else repr(label)
     if not isinstance(label, str) or not label.strip():
         raise _BadValueError(f"column `label` is {label!r}, expected a class name or number")
@@ -279,8 +279,18 @@ def _continuous(sample: list[Mapping[str, Any]]) -> bool:
     return len(numbers) == len(labels) > 0 and written_as_float and any(not n.is_integer() for n in numbers)
 
 
+def _deep(value: Any, levels: int) -> bool:
+    """Whether lists and objects lie in each other more than `levels` deep."""
+    if not isinstance(value, (dict, list, tuple)):
+        return False
+    inner = value.values() if isinstance(value, Mapping) else value
+    return levels == 0 or any(_deep(each, levels - 1) for each in inner)
+
+
 def parse(values: Mapping[str, Any], fmt: str, origin: str) -> Example | str:
     """The row as an `Example`, or the reason why it is not one."""
+    if _deep(values, DEEPEST):
+        return f"is nested more than {DEEPEST} levels deep"
     try:
         example = Example(origin=origin, **_FORMATS[fmt][1](values))
         json.dumps(vars(example), ensure_ascii=False, default=str).encode()
