@@ -155,6 +155,8 @@ def _file_error(error: Exception) -> OSError | None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one step: a reader sees the old text or the new one, never a part."""
+    if path.exists() and not path.is_file():  # a device would be replaced by a file, where one may do that
+        raise StorageError(f"{path}: is no ordinary file; name another")
     with storage(str(path)):
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:

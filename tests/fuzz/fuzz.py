@@ -61,9 +61,9 @@ PIECES = [
     *(bytes([c]) for c in b"\0\r\n\"'\\,\t{}[]:"),
     b"&a ", b"*a", b"<<: ", b"? ", b"- ", b"| ", b"> ", b"!!int ", b"!!binary ", b"!!timestamp ", b"!!set ", b"!!omap ",
     b"!!python/name:os.system ", b"%YAML 9.9\n", b"---\n", b"...\n", b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff",
-    b"\xe4", b"\xc3", b"\xed\xa0\x80", b"\\ud83d", b"\\u0000", b"\xe2\x80\xa8", b"\xc2\x85", b"NaN", b"Infinity", b"-Infinity", b"1e999",
-    b"9" * 5000, b"-0", b"0x1f", b"0b", b"1:2:3", b"2001-99-99", b"true", b"null", b"~", b"[" * 2000, b"{\"a\":" * 2000,
-    b"\"text\": 1, ", b"a" * 70_000, b"PAR1", b"\x1f\x8b",
+    b"\xe4", b"\xc3", b"\xed\xa0\x80", b"\\ud83d", b"\\u0000", b"\xe2\x80\xa8", b"\xc2\x85",
+    b"NaN", b"Infinity", b"-Infinity", b"1e999", b"9" * 5000, b"-0", b"0x1f", b"0b", b"1:2:3", b"2001-99-99",
+    b"true", b"null", b"~", b"[" * 2000, b"{\"a\":" * 2000, b"\"text\": 1, ", b"a" * 70_000, b"PAR1", b"\x1f\x8b",
 ]  # fmt: skip
 
 _words = st.sampled_from(["a", "", " ", "user", "assistant"])

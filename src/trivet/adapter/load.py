@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from trivet.errors import AdapterError, ConfigError
 
 #: What trivet remembers beside PEFT's files: how to load the base again and how rows were put to it.
 NOTES = "trivet.json"
+#: Its key for the SHA-256 of the weights' file: a flipped bit in a number leaves a file that is as readable as before.
+CHECKSUM = "weights_sha256"
 
 
 def read_notes(folder: Path) -> dict[str, Any]:
@@ -45,7 +48,26 @@ def read_checked(folder: Path) -> tuple[LoraConfig, Stored]:
                 else ""
             )
             raise AdapterError(f"adapter {folder}: has no {name}, so it is no saved adapter{hint}")
-    return check_config(folder)
+    found = check_config(folder)
+    noted = read_notes(folder).get(CHECKSUM)
+    if noted is not None and noted != checksum(folder / WEIGHTS):
+        raise AdapterError(
+            f"adapter {folder}: {WEIGHTS} is not the file that was saved: it is damaged, or was changed; if on "
+            f"purpose, take {CHECKSUM} out of {NOTES}"
+        )
+    return found
+
+
+def checksum(file: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    try:
+        with file.open("rb") as content:
+            while chunk := content.read(1 << 20):
+                digest.update(chunk)
+    except OSError as error:
+        raise AdapterError(f"{file}: can't be read: {error}") from error
+    return digest.hexdigest()
 
 
 def load_adapter(base_model: Any, folder: Path, *, trainable: bool = False) -> PeftModel:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from trivet.adapter.attach import heads_pattern
 from trivet.adapter.forms import TRAINING_KEYS
 from trivet.adapter.layers import AdaptedLayer, adapted_layers
-from trivet.adapter.load import NOTES, read_config
+from trivet.adapter.load import CHECKSUM, NOTES, checksum, read_config
 from trivet.adapter.resize import departed, rank_config
 from trivet.adapter.validate import WEIGHTS
 from trivet.errors import ConfigError, ProofError
@@ -71,7 +71,7 @@ def save_adapter(
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary))
         if notes is not None:
-            write_json(temporary / NOTES, notes)
+            write_json(temporary / NOTES, {**notes, CHECKSUM: checksum(temporary / WEIGHTS)})
         return prove_adapter(model, temporary, probe)
 
 

@@ -6,6 +6,7 @@ Formats of files: .jsonl .json .csv .tsv .parquet .txt, and each of these gzippe
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import io
@@ -133,7 +134,7 @@ def _lines(path: Path, file: IO[str]) -> Iterator[str]:
 
 def _undecodable(path: Path) -> str:
     """Where a file is not UTF-8: the decoder's own position counts from the start of its buffer."""
-    with _bytes(path) as file:
+    with _bytes(path) as file, contextlib.suppress(OSError, EOFError, zlib.error):  # also damaged further on
         for number, line in enumerate(file, start=1):
             if number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
                 return f"{path}:1: not UTF-8 text but UTF-16"
@@ -141,7 +142,7 @@ def _undecodable(path: Path) -> str:
                 line.decode("utf-8")
             except UnicodeDecodeError:
                 return f"{path}:{number}: not UTF-8 text"
-    raise DataError(f"{path}: changed while it was read")
+    return f"{path}: not UTF-8 text"
 
 
 def _jsonl(path: Path) -> Iterator[Row | BadRow]:
