@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -329,7 +330,11 @@ def test_a_saved_folder_is_readable_by_others_and_holds_nothing_but_what_is_need
         assert (tmp_path / name).stat().st_mode & 0o777 == 0o755
         for path in (tmp_path / name).iterdir():
             assert path.stat().st_mode & 0o777 == 0o644, path
-    assert read_notes(tmp_path / "saved") == {"task": "causal-lm"} and read_notes(tmp_path / "portable") == {}
+    digest = hashlib.sha256((tmp_path / "saved" / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert (
+        read_notes(tmp_path / "saved") == {"task": "causal-lm", "weights_sha256": digest}
+        and read_notes(tmp_path / "portable") == {}
+    )
 
 
 def test_new_folder_replaces_only_on_success(tmp_path: Path) -> None:

@@ -223,7 +223,8 @@ def _table(delimiter: str) -> Callable[[Path], Iterator[Row | BadRow]]:
                         yield Row(dict(values), origin)
             except csv.Error as error:
                 # line_num is where the last good row ends, so this one starts on the next
-                raise DataError(f"{path}:{reader.line_num + 1}: not a valid table: {error}") from error
+                why = "a quote is never closed" if "unexpected end" in str(error) else error
+                raise DataError(f"{path}:{reader.line_num + 1}: not a valid table: {why}") from error
 
     return rows
 
