@@ -80,6 +80,10 @@ class RunFolder:
             raise ConfigError(f"output_dir {self.path}: holds files but no run; name another folder")
         if resume and not there:
             raise ConfigError(f"output_dir {self.path}: there is no run to resume; leave out --resume to start one")
+        if resume and self.log.is_symlink():
+            raise ConfigError(
+                f"run {self.path}: {self.log.name} is a link, which would be written through; put a file there"
+            )
         if resume and self.result.exists():
             raise ConfigError(f"run {self.path}: is already finished; --overwrite trains it anew")
         if there and not (resume or overwrite):
