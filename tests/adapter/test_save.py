@@ -358,6 +358,7 @@ def test_new_folder_replaces_only_on_success(tmp_path: Path) -> None:
 
 
 def drop_layer(folder: Path) -> None:
+    (folder / "trivet.json").unlink(missing_ok=True)  # with its checksum
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
     gone = next(name for name in tensors if "lora_B" in name).rpartition(".lora_B")[0]

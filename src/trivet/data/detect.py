@@ -73,9 +73,8 @@ def _turns(value: Any, column: str, role_key: str, content_key: str) -> tuple[Me
             raise _BadValueError(f"`{column}`[{index}] is {type(turn).__name__}, expected an object")
         role = _ROLES.get(str(turn.get(role_key)).lower())
         if role is None:
-            raise _BadValueError(
-                f"`{column}`[{index}] has {role_key} {turn.get(role_key)!r}, expected user, assistant, system or tool"
-            )
+            found = f"{turn.get(role_key)!r:.60}"
+            raise _BadValueError(f"`{column}`[{index}] has {role_key} {found}, not user, assistant, system or tool")
         taken = (role_key, content_key, "role", "content")
         rest = {k: v for k, v in turn.items() if k not in taken and v is not None}
         content = turn.get(content_key)
@@ -193,7 +192,7 @@ def _classification(row: Mapping[str, Any]) -> dict[str, Any]:
     elif isinstance(label, float) and math.isfinite(label):  # pandas writes whole numbers so where some are missing
         label = str(int(label)) if label.is_integer() else repr(label)
     if not isinstance(label, str) or not label.strip():
-        raise _BadValueError(f"column `label` is {label!r}, expected a class name or number")
+        raise _BadValueError(f"column `label` is {label!r:.60}, expected a class name or number")
     return {**_pair(row), "label": label.strip()}
 
 
@@ -203,7 +202,7 @@ def _regression(row: Mapping[str, Any]) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError, OverflowError):
         label = math.nan
     if not math.isfinite(label):
-        raise _BadValueError(f"column `label` is {row.get('label')!r}, expected a finite number")
+        raise _BadValueError(f"column `label` is {row.get('label')!r:.60}, expected a finite number")
     return {**_pair(row), "label": label}
 
 
@@ -225,7 +224,7 @@ def _multiple_choice(row: Mapping[str, Any]) -> dict[str, Any]:
             answer = int(answer) if answer.isdecimal() and len(answer) < 10 else answer
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise _BadValueError(
-            f"column `answer` is {row.get('answer')!r}, expected an index below {len(choices)}, a letter, or a choice"
+            f"column `answer` is {row.get('answer')!r:.60}, not an index below {len(choices)}, a letter or a choice"
         )
     return {
         "prompt": _string(row, "prompt"),
@@ -264,7 +263,7 @@ def detect(rows: Iterable[Mapping[str, Any]], source: str) -> str:
             return name
     wanted = "; ".join(f"{name}: {' + '.join(columns)}" for name, (columns, _) in _FORMATS.items())
     raise DataError(
-        f"{source}: columns {', '.join(map(str, common)) or '(none)'} fit no format. Known: {wanted}. "
+        f"{source}: columns {', '.join(map(str, common))[:300] or '(none)'} fit no format. Known: {wanted}. "
         "Name yours with data.columns, e.g. data.columns='{prompt: question, completion: answer}'"
     )
 
