@@ -447,6 +447,7 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(
     assert not (world.cwd / "runs/a/.lock").exists()
 
 
+@pytest.mark.slow
 def test_of_two_runs_that_start_together_one_goes_through(world: World) -> None:
     pair = [spawn(world.cwd, *TRAIN.split()) for _ in range(2)]
     ends = [(run.communicate(timeout=200)[1], run.returncode) for run in pair]

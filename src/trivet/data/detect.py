@@ -139,7 +139,7 @@ def _prompt_completion(row: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(completion, str):
             completion = [{"role": "assistant", "content": completion}]
         if not isinstance(completion, list):
-            raise _BadValueError("column `completion` must be text or turns where `prompt` is a list of turns")
+            raise _BadValueError("column `completion` must be text or a list of turns, as `prompt` is")
         return {
             "messages": _turns([*row["prompt"], *completion], "prompt", "role", "content"),
             "tools": _tools(row),
@@ -223,9 +223,8 @@ def _multiple_choice(row: Mapping[str, Any]) -> dict[str, Any]:
         else:
             answer = int(answer) if answer.isdecimal() and len(answer) < 10 else answer
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        raise _BadValueError(
-            f"column `answer` is {row.get('answer')!r:.60}, not an index below {len(choices)}, a letter or a choice"
-        )
+        found, n = f"{row.get('answer')!r:.60}", len(choices)
+        raise _BadValueError(f"column `answer` is {found}, expected an index below {n}, a letter, or a choice")
     return {
         "prompt": _string(row, "prompt"),
         "choices": tuple(choices),
