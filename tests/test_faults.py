@@ -30,6 +30,7 @@ from world import Case, World, both, check, here, labelled, rows
 
 CONFIG, WEIGHTS, NOTES = "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/trivet.json"
 INSPECT, GENERATE, TRAIN = "inspect adapter", "generate adapter -p hi", "train config.yaml"
+BASE = "base_model.model.transformer.h.0.mlp.c_fc.base_layer.weight"
 GOOD = json.dumps(colour_rows(1)[0])
 
 
@@ -197,6 +198,8 @@ FAULTS = [
          tensors(swap("lora_B.weight", lambda t: t * float("nan")))),
     Case("a layer that the base model lacks", GENERATE, 1, ("the base model has no layer for", "h.9.mlp.c_fc.lora_A"),
          tensors(lambda held: [held.update({k.replace("h.0.mlp", "h.9.mlp"): v.clone()}) for k, v in [*held.items()]])),
+    Case("a weight of the base model", GENERATE, 1, ("h.0.mlp.c_fc.base_layer.weight, which is no part of an adapter",),
+         tensors(lambda held: held.update({BASE: torch.zeros(32, 128)}))),
     # -- adapters from strangers: refused before anything is made room for
     Case("a rank beyond the file", INSPECT, 1, ("has rank 2 in", "but 1000000000 by"), adapter(r=10**9)),
     Case("a rank beyond all numbers", INSPECT, 1, ("`r` is", "a whole number of at least 1"), adapter(r=10**18)),

@@ -74,6 +74,7 @@ def load_adapter(base_model: Any, folder: Path, *, trainable: bool = False) -> P
     """Put a saved adapter on its base model. Raises `AdapterError` where it is unsound or does not fit."""
     config, found = read_checked(folder)
     check_fit(config, found, base_model, folder)
+    whole = tuple(f"base_model.model.{name}." for name in _embeddings(base_model))
     try:
         with quiet_peft():
             model = PeftModel.from_pretrained(base_model, str(folder), config=config, is_trainable=trainable)
@@ -84,8 +85,18 @@ def load_adapter(base_model: Any, folder: Path, *, trainable: bool = False) -> P
         raise AdapterError(f"adapter {folder}: does not fit the base model or is damaged: {reason}") from error
     wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     # PEFT only warns about tensors that the file lacks, and says nothing of those that the base model has no place for.
+    if changed := sorted(key for key in held - wanted if ".lora_" not in key and not key.startswith(whole)):
+        raise AdapterError(
+            f"adapter {folder}: holds {changed[0]}, which is no part of an adapter: it would take the place of the base's"
+        )
     odd = sorted(wanted - held) + sorted(key for key in held - wanted if ".lora_" in key)
     if odd:
         whose = "its file lacks" if odd[0] in wanted else "the base model has no layer for"
         raise AdapterError(f"adapter {folder}: does not fit the base model or is damaged: {whose} {odd[0]}")
     return model
+
+
+def _embeddings(model: Any) -> list[str]:
+    """Input and output embeddings, which PEFT saves whole where an adapter has added tokens."""
+    found = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return [name for name, module in model.named_modules() if any(module is each for each in found)]
