@@ -87,7 +87,7 @@ def load_adapter(base_model: Any, folder: Path, *, trainable: bool = False) -> P
     # PEFT only warns about tensors that the file lacks, and says nothing of those that the base model has no place for.
     if changed := sorted(key for key in held - wanted if ".lora_" not in key and not key.startswith(whole)):
         raise AdapterError(
-            f"adapter {folder}: holds {changed[0]}, which is no part of an adapter: it would take the place of the base's"
+            f"adapter {folder}: holds {changed[0]}, which is no part of an adapter: it would change the base model"
         )
     odd = sorted(wanted - held) + sorted(key for key in held - wanted if ".lora_" in key)
     if odd:
