@@ -4,12 +4,13 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow bench lint clean
+.PHONY: help quickstart test test-slow bench lint audit clean
 
 help:
 	@echo "make quickstart  fine-tune a real model on real data and show what it learned (about 5 minutes on 2 cores)"
 	@echo "make test        lint, types, import rules and tests (at most 15 minutes on 2 cores)"
 	@echo "make test-slow   the tests that take minutes each"
+	@echo "make audit       look the pinned requirements up in a database of known vulnerabilities (needs one in reach)"
 	@echo "make bench       time training steps beside PEFT and TRL (DATA=folder for real rows; keep the machine idle)"
 
 $(VENV)/.runtime: requirements.txt pyproject.toml
@@ -40,5 +41,12 @@ test-slow: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python bench/speed.py $(if $(DATA),--data "$(DATA)")
 
+# In an environment of its own: what it needs is none of trivet's business. --strict: what was not looked up is a failure.
+audit:
+	$(PYTHON) -m venv .audit
+	.audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	grep -v '^-e' requirements.txt > .audit/requirements.txt
+	.audit/bin/pip-audit --strict --disable-pip --no-deps -r .audit/requirements.txt
+
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .audit .mypy_cache .ruff_cache .hypothesis .import_linter_cache

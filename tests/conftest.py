@@ -152,3 +152,27 @@ def colour_rows(n: int = 48) -> list[dict[str, Any]]:
         }
         for i in range(n)
     ]
+
+
+@pytest.fixture(scope="session")
+def finished(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, made by the real command line; copy it before damaging it."""
+    from world import CONFIG, start
+
+    cwd = tmp_path_factory.mktemp("finished")
+    (cwd / "config.yaml").write_text(CONFIG.format(model=tiny("gpt2")), encoding="utf-8")
+    write_jsonl(cwd / "train.jsonl", colour_rows(24))
+    done = start(cwd, ["train", "config.yaml", "training.max_steps=2"])
+    assert done.returncode == 0, done.stderr
+    return cwd / "runs" / "a"
+
+
+@pytest.fixture
+def world(tmp_path: Path, tiny: Any, finished: Path) -> Any:
+    """A working folder with a config, its data, and a finished run to point at."""
+    from world import World
+
+    made = World(tmp_path, tiny, finished)
+    made.config()
+    write_jsonl(tmp_path / "train.jsonl", colour_rows(24))
+    return made

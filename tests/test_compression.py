@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from conftest import SHARED, colour_rows, word_tokenizer, write_jsonl
 from trivet.adapter.attach import attach
 from trivet.adapter.layers import Change, adapted_layers
+from trivet.adapter.load import read_notes
 from trivet.adapter.resize import resize
-from trivet.adapter.save import logits, read_notes, save_adapter
+from trivet.adapter.save import logits, save_adapter
 from trivet.calibration import halves, mean_loss, statistics_of
 from trivet.compression import compress, compress_adapter
 from trivet.data.dataset import load_dataset

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from trivet.adapter.save import Proof, merge, save_adapter
+from trivet.adapter.save import Proof, cast, merge, save_adapter
 from trivet.config import Config
 from trivet.configio import load as load_config
 from trivet.data.dataset import Dataset, load_dataset
@@ -202,7 +202,8 @@ class LoRAModel:
             merged, _ = merge(session.model, target, session.probe(), tokenizer=session.tokenizer)
             return merged
         dtype = session.model.dtype
-        whole = session.model.float().merge_and_unload().to(dtype)
+        whole = session.model.float().merge_and_unload()
+        cast(whole, dtype)
         whole.config.use_cache = True
         return whole
 

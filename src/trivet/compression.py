@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from trivet.adapter.layers import AdaptedLayer, Change, adapted_layers
+from trivet.adapter.load import read_config, read_notes
 from trivet.adapter.resize import departed, resize, tried
-from trivet.adapter.save import Proof, native, read_config, read_notes, save_adapter
+from trivet.adapter.save import Proof, native, save_adapter
 from trivet.calibration import halves, mean_loss, statistics_of
 from trivet.data.dataset import Dataset, load_dataset
 from trivet.data.encode import Encoded, encode_dataset
@@ -282,4 +283,13 @@ class _Files:
         """Copy the files."""
         found = {path for pattern in _TOKENIZER for path in self.folder.glob(pattern) if path.is_file()}
         for path in found:
+            if path.is_symlink() and not self._in_cache(path):  # a stranger's folder could name any file of this disk
+                raise AdapterError(
+                    f"adapter {self.folder}: {path.name} is a link out of the folder; put the file there"
+                )
             shutil.copyfile(path, Path(target) / path.name)
+
+    def _in_cache(self, path: Path) -> bool:
+        """Whether it is a link as the hub's cache makes them: from snapshots/REVISION/ into blobs/ beside it."""
+        folder = self.folder.resolve()
+        return folder.parent.name == "snapshots" and path.resolve().parent == folder.parent.parent / "blobs"

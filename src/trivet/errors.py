@@ -6,7 +6,23 @@ library's nearest error, so that `except ValueError` in somebody's script keeps 
 
 from __future__ import annotations
 
+import os
+import re
 from signal import SIGINT
+
+#: What the libraries below take passwords from.
+_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN", "WANDB_API_KEY", "COMET_API_KEY",
+            "MLFLOW_TRACKING_PASSWORD", "NEPTUNE_API_TOKEN")  # fmt: skip
+
+
+def masked(text: str) -> str:
+    """`text` without passwords in addresses, hub tokens, and the values of variables that hold such."""
+    text = re.sub(r"(://)[^/\s@]+@", r"\1…@", text)
+    text = re.sub(r"\bhf_[A-Za-z0-9]{8,}", "hf_…", text)
+    for name in _SECRETS:
+        if len(value := os.environ.get(name, "")) >= 8:
+            text = text.replace(value, "…")
+    return text
 
 
 class TrivetError(Exception):
@@ -15,7 +31,7 @@ class TrivetError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:  # KeyError and OSError would otherwise add quotes or errno prefixes
-        return str(self.args[0]) if self.args else ""
+        return masked(str(self.args[0])) if self.args else ""
 
 
 class ConfigError(TrivetError, ValueError):

@@ -6,27 +6,25 @@ An adapter folder is read by itself, without its base model: every number here i
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from trivet.adapter.layers import AdaptedLayer, adapted_layers
+from trivet.adapter.load import read_checked, read_config, read_notes
 from trivet.adapter.resize import departed
-from trivet.adapter.save import read_config, read_notes
+from trivet.adapter.validate import WEIGHTS
 from trivet.errors import AdapterError
 from trivet.pictures import kinds, place
 from trivet.rank.score import directions, held
 from trivet.session import adapter_folder, reopen
 
 _START = "base_model.model."
-_FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
 #: What modules' names begin with, in the order in which a block computes them; files are in alphabetical order.
 _FLOW = ("c_attn", "q", "k", "v", "o", "gate", "up", "c_fc", "fc1", "wi", "down", "c_proj", "fc2", "wo")
 
@@ -228,63 +226,20 @@ def stored_layers(folder: Path) -> tuple[list[AdaptedLayer], dict[str, int]]:
     Raises:
         AdapterError: the folder is no LoRA adapter, the file is damaged, or it contradicts adapter_config.json.
     """
-    config = read_config(folder)
-    if config.target_parameters:
-        raise AdapterError(
-            f"adapter {folder}: adapts parameters that are no layers (target_parameters "
-            f"{', '.join(config.target_parameters)}), which trivet can't look into"
-        )
+    _, found = read_checked(folder)
     try:
-        tensors = load_file(folder / "adapter_model.safetensors")
+        tensors = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"adapter {folder}: adapter_model.safetensors can't be read: {error}") from error
-    factors: dict[str, dict[str, torch.Tensor]] = {}
-    rest = {}
-    for key, tensor in tensors.items():
-        found = _FACTOR.fullmatch(key.removeprefix(_START))
-        if found:
-            factors.setdefault(found[1], {})[f"lora_{found[2] or ''}{found[3]}"] = tensor
-        elif re.search(r"\.lora_[AB]\.", key) and not key.endswith(".bias"):
-            raise AdapterError(
-                f"adapter {folder}: holds {key}, which is no plain factor; a checkpoint of a run is no saved adapter: "
-                "name the run folder or its adapter/"
-            )
-        else:
-            rest[key.removeprefix(_START)] = tensor.numel()
-    if not factors:
-        raise AdapterError(f"adapter {folder}: adapter_model.safetensors holds no LoRA factors")
-    return [_layer(folder, name, parts, config) for name, parts in factors.items()], rest
-
-
-def _layer(folder: Path, name: str, parts: Mapping[str, torch.Tensor], config: Any) -> AdaptedLayer:
-    """A layer like those of a loaded model, around the stored factors."""
-    pair = [parts.get(key) for key in ("lora_A", "lora_B")]
-    embedded = [parts.get(key) for key in ("lora_embedding_A", "lora_embedding_B")]
-    a, b = embedded if pair == [None, None] else pair
-    if a is None or b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-        sizes = " and ".join("nothing" if x is None else "x".join(map(str, x.shape)) for x in (a, b))
-        raise AdapterError(
-            f"adapter {folder}: layer {name} holds {sizes} for A and B, where r x in and out x r are needed; the file "
-            "is damaged, or the layer is no linear layer or embedding"
-        )
-    if not bool(a.isfinite().all() and b.isfinite().all()):
-        raise AdapterError(f"adapter {folder}: layer {name} holds NaN or infinity; its training diverged")
-    rank = int(config.rank_pattern.get(_pattern(config.rank_pattern, name), config.r))
-    if rank != a.shape[0]:
-        raise AdapterError(
-            f"adapter {folder}: layer {name} has rank {a.shape[0]} in adapter_model.safetensors, but {rank} by "
-            "adapter_config.json; the two files do not belong together"
-        )
-    alpha = config.alpha_pattern.get(_pattern(config.alpha_pattern, name), config.lora_alpha)
-    scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-    kind = "lora_embedding" if pair == [None, None] else "lora"
-    module = SimpleNamespace(**{f"{kind}_A": {"default": a}, f"{kind}_B": {"default": b}})
-    return AdaptedLayer(name, float(scale), module)
-
-
-def _pattern(patterns: Mapping[str, Any], name: str) -> str:
-    """The first of PEFT's `rank_pattern` or `alpha_pattern` that fits a layer, by PEFT's own rule."""
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), name)
+        raise AdapterError(f"adapter {folder}: {WEIGHTS} can't be read: {error}") from error
+    layers = []
+    for name, scale in found.scales.items():
+        kind, end = ("lora_embedding_{}", "") if name in found.embeddings else ("lora_{}", ".weight")
+        parts = {kind.format(side): tensors[f"{_START}{name}.{kind.format(side)}{end}"] for side in "AB"}
+        if not all(bool(part.isfinite().all()) for part in parts.values()):
+            raise AdapterError(f"adapter {folder}: layer {name} holds NaN or infinity; its training diverged")
+        # A layer like those of a loaded model, around the stored factors.
+        layers.append(AdaptedLayer(name, scale, SimpleNamespace(**{k: {"default": v} for k, v in parts.items()})))
+    return layers, {key: math.prod(shape) for key, shape in found.rest.items()}
 
 
 def _parts(rest: Mapping[str, int]) -> list[str]:

@@ -26,6 +26,7 @@ from trivet.configio import dump
 from trivet.configio import load as load_config
 from trivet.errors import ConfigError, DivergedError, InterruptedRunError, StorageError, TrivetError
 from trivet.evaluate.measure import Evaluation, Settings, write_predictions
+from trivet.lock import releasing
 from trivet.pictures import rank_map, rank_path
 from trivet.prepare import Prepared, prepare, say
 from trivet.result import build_result
@@ -54,6 +55,7 @@ class Outcome:
 ROLLBACKS = 2
 
 
+@releasing
 def train(
     config: Config,
     *,

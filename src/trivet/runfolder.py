@@ -16,6 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from trivet import lock
 from trivet.errors import AdapterError, ConfigError, RunExistsError, StorageError
 
 
@@ -72,10 +73,17 @@ class RunFolder:
         if self.path.resolve() in (Path.cwd(), *Path.cwd().parents):
             raise ConfigError(f"output_dir {self.path}: is the working folder or holds it; name a folder inside")
         there = self.path.is_dir() and any(self.path.iterdir())
+        if there and os.access(self.path, os.W_OK):
+            lock.check(self.path)
+            there = any(p.name != lock.NAME for p in self.path.iterdir())
         if there and not self.config.exists():
             raise ConfigError(f"output_dir {self.path}: holds files but no run; name another folder")
         if resume and not there:
             raise ConfigError(f"output_dir {self.path}: there is no run to resume; leave out --resume to start one")
+        if resume and self.log.is_symlink():
+            raise ConfigError(
+                f"run {self.path}: {self.log.name} is a link, which would be written through; put a file there"
+            )
         if resume and self.result.exists():
             raise ConfigError(f"run {self.path}: is already finished; --overwrite trains it anew")
         if there and not (resume or overwrite):
@@ -88,7 +96,9 @@ class RunFolder:
             raise ConfigError(f"output_dir {self.path}: {nearest} can't be written to; set another output_dir")
 
     def clear(self) -> None:
-        """Remove what a run writes, and nothing else that somebody may have put beside it."""
+        """Remove what a run writes, and nothing that somebody put beside it or another process writes."""
+        if not lock.held(self.path):
+            return
         for folder in (self.adapter, self.checkpoints):
             if folder.exists():
                 shutil.rmtree(folder)
@@ -98,11 +108,15 @@ class RunFolder:
             self.path.rmdir()
 
     def begin(self, config_text: str, *, resume: bool) -> None:
-        """Make the folder with its config.yaml; an earlier run in it is removed unless it is resumed."""
+        """Make the folder with its config.yaml; an earlier run in it is removed unless it is resumed.
+
+        Raises `ConfigError` where another process writes there; `lock.releasing` ends the hold that is taken here.
+        """
         with storage(f"run folder {self.path}"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.hold(self.path)
             if not resume:
                 self.clear()
-            self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.config, config_text)
 
     def read_result(self) -> dict[str, Any]:
@@ -145,6 +159,8 @@ def _file_error(error: Exception) -> OSError | None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one step: a reader sees the old text or the new one, never a part."""
+    if path.exists() and not path.is_file():  # a device would be replaced by a file, where one may do that
+        raise StorageError(f"{path}: is no ordinary file; name another")
     with storage(str(path)):
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from trivet.adapter.attach import attach
-from trivet.adapter.save import load_adapter, read_config, read_notes
+from trivet.adapter.load import load_adapter, read_config, read_notes
+from trivet.adapter.validate import read_header
 from trivet.config import Config, TrainingConfig
 from trivet.data.batch import Collator, to_device
 from trivet.data.dataset import Dataset
@@ -45,7 +45,7 @@ class Session:
         """For encoder-decoders: labels -> decoder inputs."""
         if self.base.task != "seq2seq":
             return None
-        return self.model.get_base_model().prepare_decoder_input_ids_from_labels
+        return self.base.model.prepare_decoder_input_ids_from_labels
 
     @property
     def collator(self) -> Collator:
@@ -265,12 +265,8 @@ def reopen(folder: Path, *, base_model: str | None = None, dtype: str = "auto", 
 
 def _numbered_classes(folder: Path) -> list[str]:
     """The classes of a classifier that was made elsewhere: as many as its saved head has outputs, named by number."""
-    try:
-        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-            whole = [key for key in file.keys() if "lora_" not in key and key.endswith(".weight")]  # noqa: SIM118
-            outputs = [int(file.get_slice(key).get_shape()[0]) for key in whole]
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"adapter {folder}: adapter_model.safetensors can't be read: {error}") from error
+    parts = read_header(folder).rest.items()
+    outputs = [shape[0] for key, shape in parts if shape and "lora_" not in key and key.endswith(".weight")]
     if not outputs:
         raise AdapterError(f"adapter {folder}: is a classifier's, but neither holds its head nor names its classes")
     return [str(i) for i in range(min(outputs))]

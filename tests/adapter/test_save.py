@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -20,16 +21,14 @@ from conftest import save_tiny
 from trivet.adapter import save
 from trivet.adapter.attach import attach
 from trivet.adapter.layers import adapted_layers
+from trivet.adapter.load import load_adapter, read_config, read_notes
 from trivet.adapter.save import (
     compare_logits,
     export,
-    load_adapter,
     logits,
     merge,
     portable,
     prove_adapter,
-    read_config,
-    read_notes,
     save_adapter,
 )  # fmt: skip
 from trivet.errors import AdapterError, ConfigError, ProofError
@@ -331,7 +330,11 @@ def test_a_saved_folder_is_readable_by_others_and_holds_nothing_but_what_is_need
         assert (tmp_path / name).stat().st_mode & 0o777 == 0o755
         for path in (tmp_path / name).iterdir():
             assert path.stat().st_mode & 0o777 == 0o644, path
-    assert read_notes(tmp_path / "saved") == {"task": "causal-lm"} and read_notes(tmp_path / "portable") == {}
+    digest = hashlib.sha256((tmp_path / "saved" / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert (
+        read_notes(tmp_path / "saved") == {"task": "causal-lm", "weights_sha256": digest}
+        and read_notes(tmp_path / "portable") == {}
+    )
 
 
 def test_new_folder_replaces_only_on_success(tmp_path: Path) -> None:
@@ -355,6 +358,7 @@ def test_new_folder_replaces_only_on_success(tmp_path: Path) -> None:
 
 
 def drop_layer(folder: Path) -> None:
+    (folder / "trivet.json").unlink(missing_ok=True)  # with its checksum
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
     gone = next(name for name in tensors if "lora_B" in name).rpartition(".lora_B")[0]
@@ -391,7 +395,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "unknown type": (lambda d: change_config(d, peft_type="NO_SUCH"), "adapter_config.json"),
     "rank as text": (lambda d: change_config(d, r="four"), "does not fit|adapter_config.json"),
     "rank 0": (lambda d: change_config(d, r=0), "does not fit|adapter_config.json"),
-    "other rank": (lambda d: change_config(d, rank_pattern={}), "does not fit"),
+    "other rank": (lambda d: change_config(d, rank_pattern={}), "do not belong together"),
     "no such layer": (lambda d: change_config(d, target_modules=["nothing"]), "does not fit"),
     "no weights": (lambda d: (d / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
     "pickled weights": (

@@ -193,7 +193,7 @@ def test_folders_that_are_no_adapter(verb: list[str], copy: Path) -> None:
     cut(copy, "adapter_model.safetensors")
     refused(copy.parent, *verb, copy, code=1, says="adapter_model.safetensors can't be read")
     cut(copy, "adapter_config.json")
-    refused(copy.parent, *verb, copy, code=1, says="adapter_config.json can't be read")
+    refused(copy.parent, *verb, copy, code=1, says="adapter_config.json: can't be read")
 
 
 @pytest.mark.parametrize(

@@ -3,176 +3,16 @@ what to do, no traceback, and nothing written."""
 
 from __future__ import annotations
 
-import hashlib
-import os
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from conftest import colour_rows, write_jsonl
-from trivet.cli.app import main
-
-#: Lines 1 to 16. `{model}` is a tiny GPT-2; runs of it take about a second after the imports.
-CONFIG = """\
-model:
-  name: {model}
-  lora_rank: 2
-  dtype: float32
-data:
-  train: train.jsonl
-training:
-  max_steps: 4
-  batch_size: 4
-  eval_steps: 2
-evaluation:
-  max_new_tokens: 4
-  max_generate_rows: 2
-  resamples: 10
-output_dir: runs/a
-"""
-
-
-@dataclass
-class World:
-    """A working folder with a valid config, its data, and models and a trained run to point at."""
-
-    cwd: Path
-    tiny: Callable[[str], Path]
-    run: Path  # a finished run of CONFIG; copy it before damaging it
-
-    def config(self, old: str = "", new: str = "") -> None:
-        """config.yaml, with one part of it replaced."""
-        text = CONFIG.format(model=self.tiny("gpt2"))
-        assert old in text
-        self.write("config.yaml", text.replace(old, new, 1) if old else text)
-
-    def write(self, name: str, text: str) -> None:
-        (self.cwd / name).write_text(text, encoding="utf-8")
-
-    def adapter(self) -> Path:
-        """A copy of the trained adapter as adapter/."""
-        return Path(shutil.copytree(self.run / "adapter", self.cwd / "adapter"))
-
-    def copy_model(self, kind: str) -> Path:
-        """A copy of a tiny model as model/, and a config that uses it."""
-        self.config(str(self.tiny("gpt2")), "model")
-        return Path(shutil.copytree(self.tiny(kind), self.cwd / "model"))
-
-    def state(self) -> dict[str, str]:
-        """Every file and folder in the working folder, with what is in it."""
-        return {
-            str(path.relative_to(self.cwd)): "" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(self.cwd.rglob("*"))
-        }
-
-
-@pytest.fixture(scope="module")
-def finished(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run, made by the real command line."""
-    cwd = tmp_path_factory.mktemp("finished")
-    (cwd / "config.yaml").write_text(CONFIG.format(model=tiny("gpt2")), encoding="utf-8")
-    write_jsonl(cwd / "train.jsonl", colour_rows(24))
-    done = start(cwd, ["train", "config.yaml", "training.max_steps=2"])
-    assert done.returncode == 0, done.stderr
-    return cwd / "runs" / "a"
-
-
-@pytest.fixture
-def world(tmp_path: Path, tiny: Any, finished: Path) -> World:
-    made = World(tmp_path, tiny, finished)
-    made.config()
-    write_jsonl(tmp_path / "train.jsonl", colour_rows(24))
-    return made
-
-
-def start(cwd: Path, arguments: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    """`trivet` as a process of its own, without a hub."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "trivet", *arguments]
-    return subprocess.run(
-        command,
-        cwd=cwd,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        **options,
-    )
-
-
-def here(cwd: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    """The exit code of `trivet` in this process."""
-    monkeypatch.chdir(cwd)
-    monkeypatch.setattr(sys, "argv", ["trivet", *arguments])
-    with Path(os.devnull).open() as nothing:
-        monkeypatch.setattr(sys, "stdin", nothing)
-        with pytest.raises(SystemExit) as end:
-            main()
-    return int(end.value.code or 0)
-
-
-def check(code: int, stderr: str, expected_code: int, says: tuple[str, ...]) -> None:
-    """The promise that every refusal keeps."""
-    assert code == expected_code, stderr
-    assert stderr.lower().count("error: ") == 1, stderr
-    message = stderr[stderr.lower().index("error: ") :]
-    for part in says:
-        assert part in message, f"{part!r} is not in {message!r}"
-    assert "Traceback" not in stderr
-    assert "unexpected" not in message
-
-
-@dataclass(frozen=True)
-class Case:
-    """A command line (RUN is a finished run, LLAMA another model), what is wrong around it, and the answer."""
-
-    name: str
-    command: str
-    code: int
-    says: tuple[str, ...]
-    arrange: Callable[[World], object] = lambda world: None
-    process: bool = False  # as a process of its own, not in this one
-
+from world import Case, World, both, change, check, damage, here, labelled, limit, rows, start
 
 TRAIN = "train config.yaml"
 ABSENT = "cuda" if sys.platform == "darwin" else "mps"
-
-
-def damage(name: str, keep: int) -> Callable[[World], object]:
-    """Cut a file of the adapter after `keep` bytes."""
-
-    def arrange(world: World) -> None:
-        path = world.adapter() / name
-        path.write_bytes(path.read_bytes()[:keep])
-
-    return arrange
-
-
-def rows(*lines: str, file: str = "train.jsonl") -> Callable[[World], object]:
-    return lambda world: world.write(file, "".join(line + "\n" for line in lines))
-
-
-def labelled(labels: list[Any]) -> list[str]:
-    import json
-
-    return [json.dumps({"text": f"the number {i}", "label": label}) for i, label in enumerate(labels)]
-
-
-def both(*arrange: Callable[[World], object]) -> Callable[[World], object]:
-    return lambda world: [step(world) for step in arrange]
-
-
-def change(old: str, new: str) -> Callable[[World], object]:
-    return lambda world: world.config(old, new)
 
 
 def only_bin(world: World) -> None:
@@ -312,7 +152,7 @@ CASES = [
     # -- what was trained
     Case("no adapter_config.json", "evaluate adapter", 1, ("adapter adapter: has no adapter_config.json",),
          lambda w: (w.adapter() / "adapter_config.json").unlink()),
-    Case("bad adapter_config.json", "evaluate adapter --data train.jsonl", 1, ("adapter_config.json can't be read",),
+    Case("bad adapter_config.json", "evaluate adapter --data train.jsonl", 1, ("adapter_config.json: can't be read",),
          damage("adapter_config.json", 20)),
     Case("bad trivet.json", "evaluate adapter --data train.jsonl", 1, ("trivet.json: can't be read",),
          damage("trivet.json", 20)),
@@ -327,7 +167,7 @@ CASES = [
     Case("bad template", f"{TRAIN} chat_template=bad.jinja", 1, ("train.jsonl:1: the chat template refuses the row",),
          lambda w: w.write("bad.jinja", "{% for x %}")),
     Case("truncated weights", "generate adapter -p hi", 1,
-         ("adapter adapter: does not fit the base model or is damaged",),
+         ("adapter adapter: adapter_model.safetensors can't be read, it is damaged",),
          damage("adapter_model.safetensors", 500), process=True),
     Case("weights only as .bin", "merge adapter merged", 1, ("has no adapter_model.safetensors", "pickles"), only_bin),
     Case("other base model", "generate adapter -p hi --base-model LLAMA", 1, ("adapter adapter: does not fit",),
@@ -375,18 +215,6 @@ def test_overwriting_a_run_keeps_what_is_not_of_the_run(world: World, monkeypatc
 
 
 # -- a full disk -------------------------------------------------------------------------------------------------------
-
-
-def limit(size: int) -> Callable[[], None]:
-    """Files of the process to be started end at `size` bytes, as on a full disk (Linux: EFBIG)."""
-
-    def set_limit() -> None:
-        import resource
-
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-    return set_limit
 
 
 FULL = [

@@ -248,7 +248,7 @@ def test_json_that_is_no_list_of_rows(tmp_path: Path, content: str, place: str, 
 
 def test_a_table_with_an_open_quote(tmp_path: Path) -> None:
     path = put(tmp_path / "rows.csv", b'text,label\na,x\n"b,y\nc,x\n')
-    with pytest.raises(DataError, match="not a valid table: unexpected end of data") as error:
+    with pytest.raises(DataError, match="not a valid table: a quote is never closed") as error:
         list(read(path))
     assert str(error.value).startswith(f"{path}:3: ")  # where the row starts
 

@@ -1,4 +1,4 @@
-"""Saving, exporting, merging, and loading adapters. Every save is proved: reloaded, run, and compared.
+"""Saving, exporting and merging adapters. Every save is proved: reloaded, run, and compared.
 
 Two saved forms (docs/export.md): `native` is PEFT's own, with true ranks in `rank_pattern`/`alpha_pattern`; `portable`
 has one rank and one alpha for all layers, zero-padded, as servers such as vLLM and llama.cpp expect.
@@ -7,43 +7,47 @@ has one rank and one alpha for all layers, zero-padded, as servers such as vLLM 
 from __future__ import annotations
 
 import copy
-import json
-import logging
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from trivet.adapter.attach import heads_pattern, quiet_peft
+from trivet.adapter.attach import heads_pattern
 from trivet.adapter.forms import TRAINING_KEYS
-from trivet.adapter.layers import adapted_layers
+from trivet.adapter.layers import AdaptedLayer, adapted_layers
+from trivet.adapter.load import CHECKSUM, NOTES, checksum, read_config
 from trivet.adapter.resize import departed, rank_config
-from trivet.errors import AdapterError, ConfigError, ProofError
+from trivet.adapter.validate import WEIGHTS
+from trivet.errors import ConfigError, ProofError
 from trivet.model import quiet
 from trivet.runfolder import new_folder, write_json
-
-log = logging.getLogger("trivet")
-
-#: What trivet remembers beside PEFT's files: how to load the base again and how rows were put to it.
-NOTES = "trivet.json"
-_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @dataclass(frozen=True)
 class Proof:
-    """How far the reloaded model's logits are from the live one's: the largest difference over the largest logit."""
+    """How far the reloaded model's logits are from the live one's: the largest difference over the largest logit.
+
+    `why` says why the tolerance is that large, where it is larger than float32's.
+    """
 
     error: float
     tolerance: float
+    why: str = ""
+
+    @property
+    def figures(self) -> str:
+        """The error and its tolerance."""
+        reason = f": {self.why}" if self.why else ""
+        return f"relative logit error {self.error:.1e} (tolerance {self.tolerance:.0e}{reason})"
 
     def __str__(self) -> str:
-        return f"reloaded and compared: relative logit error {self.error:.1e} (tolerance {self.tolerance:.0e})"
+        return f"reloaded and compared: {self.figures}"
 
 
 def save_adapter(
@@ -67,11 +71,13 @@ def save_adapter(
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary))
         if notes is not None:
-            write_json(temporary / NOTES, notes)
+            write_json(temporary / NOTES, {**notes, CHECKSUM: checksum(temporary / WEIGHTS)})
         return prove_adapter(model, temporary, probe)
 
 
-def prove_adapter(model: PeftModel, folder: Path, probe: Mapping[str, torch.Tensor], tolerance: float = 1e-4) -> Proof:
+def prove_adapter(
+    model: PeftModel, folder: Path, probe: Mapping[str, torch.Tensor], tolerance: float = 1e-4, why: str = ""
+) -> Proof:
     """Load the saved adapter beside the live one, on the same base, and compare their logits."""
     expected = logits(model, probe)
     live, was_training = model.active_adapter, model.training
@@ -83,7 +89,7 @@ def prove_adapter(model: PeftModel, folder: Path, probe: Mapping[str, torch.Tens
         model.set_adapter(live)
         model.delete_adapter("proof")
         model.train(was_training)  # loading switches it off
-    return compare_logits(expected, found, f"adapter {folder}", tolerance)
+    return compare_logits(expected, found, f"adapter {folder}", tolerance, why)
 
 
 @torch.inference_mode()
@@ -101,71 +107,21 @@ def rounding(dtype: torch.dtype) -> float:
     return 1e-4 if dtype == torch.float32 else 5e-2
 
 
-def compare_logits(expected: torch.Tensor, found: torch.Tensor, what: str, tolerance: float) -> Proof:
-    """A `Proof`, or `ProofError` where the largest difference exceeds `tolerance` times the largest logit."""
+def logit_error(expected: torch.Tensor, found: torch.Tensor) -> float:
+    """The largest difference over the largest logit; NaN where either holds one."""
     scale = expected.abs().max().clamp_min(1e-6)
-    error = float((expected - found.to(expected.device)).abs().max() / scale)
+    return float((expected - found.to(expected.device)).abs().max() / scale)
+
+
+def compare_logits(expected: torch.Tensor, found: torch.Tensor, what: str, tolerance: float, why: str = "") -> Proof:
+    """A `Proof`, or `ProofError` where the largest difference exceeds `tolerance` times the largest logit."""
+    error = logit_error(expected, found)
     if not error <= tolerance:  # NaN fails as well
         raise ProofError(
             f"{what}: what was saved does not compute what was trained (relative logit error {error:.1e}, tolerance "
             f"{tolerance:.0e}). Nothing was kept; please report this with your versions and config"
         )
-    return Proof(error, tolerance)
-
-
-def read_notes(folder: Path) -> dict[str, Any]:
-    """trivet.json of an adapter; {} for one made elsewhere."""
-    path = folder / NOTES
-    if not path.exists():
-        return {}
-    try:
-        notes = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path}: can't be read: {error}") from error
-    if not isinstance(notes, dict):
-        raise AdapterError(f"{path}: can't be read: it is no JSON object")
-    return notes
-
-
-def read_config(folder: Path) -> LoraConfig:
-    """The adapter's PEFT config. Raises `AdapterError` where the folder holds no readable LoRA adapter."""
-    if not folder.is_dir():
-        raise ConfigError(f"adapter {folder}: no such folder")
-    for name in (_CONFIG, _WEIGHTS):
-        if not (folder / name).is_file():
-            hint = (
-                "; .bin files are pickles, which trivet does not open: convert it to safetensors"
-                if name == _WEIGHTS
-                else ""
-            )
-            raise AdapterError(f"adapter {folder}: has no {name}, so it is no saved adapter{hint}")
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise AdapterError(f"adapter {folder}: adapter_config.json can't be read: {error}") from error
-    if not isinstance(config, LoraConfig):
-        raise AdapterError(f"adapter {folder}: is of type {config.peft_type}, not LoRA")
-    return config
-
-
-def load_adapter(base_model: Any, folder: Path, *, trainable: bool = False) -> PeftModel:
-    """Put a saved adapter on its base model. Raises `AdapterError` where it does not fit."""
-    read_config(folder)
-    try:
-        with quiet_peft():
-            model = PeftModel.from_pretrained(base_model, str(folder), is_trainable=trainable)
-        with safe_open(folder / _WEIGHTS, framework="pt") as file:
-            stored = set(file.keys())
-    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise AdapterError(f"adapter {folder}: does not fit the base model or is damaged: {reason}") from error
-    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    # PEFT only warns about layers that the file lacks, and says nothing of layers that the base model lacks.
-    odd = sorted(wanted - stored) + sorted(key for key in stored - wanted if ".lora_" in key)
-    if odd:
-        whose = "its file lacks" if odd[0] in wanted else "the base model has no layer for"
-        raise AdapterError(f"adapter {folder}: does not fit the base model or is damaged: {whose} {odd[0]}")
-    return model
+    return Proof(error, tolerance, why)
 
 
 def check_form(form: str) -> None:
@@ -185,12 +141,34 @@ def export(
         _write(temporary, *portable(model))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary))
-        return prove_adapter(model, temporary, probe, rounding(model.dtype))
+        _prove_updates(model, temporary)
+        why = "" if model.dtype == torch.float32 else "16-bit sums in another order; ΔW agrees to 1e-5"
+        return prove_adapter(model, temporary, probe, rounding(model.dtype), why)
+
+
+def _prove_updates(model: PeftModel, folder: Path) -> None:
+    """Compare each layer's ΔW in the portable file with the live one's, in float32."""
+    config, tensors = read_config(folder), load_file(folder / WEIGHTS)
+    for layer in adapted_layers(model, model.active_adapter):
+        a, b = (tensors[key].float() for key in _keys(layer))
+        live = layer.delta().cpu()
+        error = float((config.lora_alpha / config.r * b @ a - live).abs().max() / live.abs().max().clamp_min(1e-12))
+        if not error <= 1e-5:
+            raise ProofError(
+                f"adapter {folder}: the update of layer {layer.name} is not what was trained (relative error "
+                f"{error:.1e}, tolerance 1e-05). Nothing was kept; please report this with your versions and config"
+            )
+
+
+def _keys(layer: AdaptedLayer) -> list[str]:
+    """A's and B's names in PEFT's file."""
+    kind = "lora_embedding_{}" if layer.embedding else "lora_{}.weight"
+    return [f"base_model.model.{layer.name}.{kind.format(side)}" for side in "AB"]
 
 
 def _write(folder: Path, config: LoraConfig, tensors: dict[str, torch.Tensor]) -> None:
     config.save_pretrained(str(folder))
-    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def native(model: PeftModel) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
@@ -222,8 +200,7 @@ def portable(model: PeftModel) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     rank = max(layer.factors()[0].shape[0] for layer in layers)
     scale = layers[0].scale
     for layer in layers:
-        kind = "lora_embedding_{}" if layer.embedding else "lora_{}.weight"
-        keys = [f"base_model.model.{layer.name}.{kind.format(side)}" for side in "AB"]
+        keys = _keys(layer)
         a, b = (tensors[key] for key in keys)
         missing = rank - a.shape[0]
         tensors[keys[0]] = torch.cat([a, a.new_zeros(missing, a.shape[1])])
@@ -248,16 +225,43 @@ def merge(
 ) -> tuple[Any, Proof]:
     """Write a full model with the update added to its weights, which transformers loads without PEFT.
 
-    Returns the merged model too; `model` is used up. The sum is made in float32 and rounded once, to `dtype`
-    (default: the base's own type).
+    Returns the written model, loaded again; `model` is used up. The sum is made in float32 and rounded once, to `dtype`
+    (default: the base's own type). Proved are the sum, before it is rounded; what rounding the weights changes, in
+    float32; and the file, whose tensors must be the rounded ones bit by bit.
     """
-    expected, target = logits(model, probe), dtype or model.dtype
-    auto_class = type(model.get_base_model())
-    merged = model.float().merge_and_unload().to(target)
+    target, auto_class, what = dtype or model.dtype, type(model.get_base_model()), f"merged model {folder}"
+    model = model.float()
+    expected = logits(model, probe)
+    merged = model.merge_and_unload()
+    proof = compare_logits(expected, logits(merged, probe), what, rounding(torch.float32))
+    if target != torch.float32:
+        name = str(target).removeprefix("torch.")
+        cast(merged, target)
+        cast(merged, torch.float32)
+        found, why = logits(merged, probe), f"weights are rounded to {name}, else exact"
+        try:
+            proof = compare_logits(expected, found, what, rounding(target), why)
+        except ProofError as error:
+            raise ProofError(f"{str(error).partition('. Nothing')[0]} once its weights are {name}. Nothing was kept; "
+                             "merge it in float32") from error  # fmt: skip
+    cast(merged, target)
     with new_folder(folder, "model") as temporary, quiet():
         merged.config.use_cache = True
         merged.save_pretrained(str(temporary), safe_serialization=True)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary))
-        reloaded = auto_class.from_pretrained(str(temporary), dtype=target).to(merged.device)
-        return merged, compare_logits(expected, logits(reloaded, probe), f"merged model {folder}", rounding(target))
+        written = auto_class.from_pretrained(str(temporary), dtype=target).to(merged.device)
+        tensors = written.state_dict()
+        changed = [key for key, value in merged.state_dict().items() if not torch.equal(value, tensors[key])]
+        if changed:
+            raise ProofError(f"{what}: {changed[0]} is not in the file as it was merged. Nothing was kept")
+        compare_logits(logits(merged, probe), logits(written, probe), what, rounding(target))
+        return written, proof
+
+
+def cast(model: Any, dtype: torch.dtype) -> None:
+    """Change the type of what is saved, in place; buffers that are not, such as rotary frequencies, stay exact."""
+    saved = model.state_dict().keys()
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if name in saved and tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)

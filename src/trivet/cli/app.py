@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from trivet import __version__
-from trivet.errors import ConfigError, TrivetError
+from trivet.errors import ConfigError, TrivetError, masked
 
 app = typer.Typer(
     name="trivet",
@@ -57,7 +57,7 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
 def _fail(message: str, code: int, error: BaseException | None = None) -> None:
     if _State.debug and error is not None:
         raise error
-    typer.echo(f"error: {message}", err=True)
+    typer.echo(f"error: {masked(message)}", err=True)
     raise typer.Exit(code)
 
 
@@ -81,10 +81,24 @@ def root(
 
 def build() -> typer.Typer:
     """The command with all its verbs."""
-    from trivet.cli import chat, compress, evaluate, export, generate, init, inspect, merge, methods, train, validate
+    from trivet.cli import (
+        chat,
+        compress,
+        evaluate,
+        export,
+        generate,
+        init,
+        inspect,
+        merge,
+        methods,
+        train,
+        validate,
+        verify,
+    )  # fmt: skip
 
     if not app.registered_commands:
-        for module in (init, validate, train, evaluate, inspect, compress, generate, chat, merge, export, methods):
+        modules = (init, validate, train, evaluate, inspect, compress, generate, chat, merge, export, verify, methods)
+        for module in modules:
             module.register(app)
     return app
 

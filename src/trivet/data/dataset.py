@@ -159,7 +159,7 @@ def _rename(row: Row, columns: Mapping[str, str]) -> Row | BadRow:
     values = dict(row.values)
     for ours, theirs in columns.items():
         if theirs not in row.values:
-            has = ", ".join(map(str, row.values))
+            has = ", ".join(map(str, row.values))[:300]
             return BadRow(row.origin, f"data.columns maps `{ours}` to `{theirs}`, but the row has {has}")
         values[ours] = row.values[theirs]
     return Row({k: v for k, v in values.items() if k in columns or k not in columns.values()}, row.origin)

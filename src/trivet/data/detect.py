@@ -11,6 +11,8 @@ from typing import Any
 
 from trivet.errors import DataError
 
+#: How deep lists and objects may lie in each other.
+DEEPEST = 64
 #: A chat turn as chat templates take it: {"role": ..., "content": ...} and whatever else the template reads.
 Message = dict[str, Any]
 
@@ -46,6 +48,8 @@ def _string(row: Mapping[str, Any], column: str, *, empty: bool = False) -> str:
     value = row.get(column)
     if value is None:
         raise _BadValueError(f"column `{column}` is missing")
+    if isinstance(value, float) and not math.isfinite(value):  # how tables write what is missing
+        raise _BadValueError(f"column `{column}` is {value}, expected text")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
@@ -69,9 +73,8 @@ def _turns(value: Any, column: str, role_key: str, content_key: str) -> tuple[Me
             raise _BadValueError(f"`{column}`[{index}] is {type(turn).__name__}, expected an object")
         role = _ROLES.get(str(turn.get(role_key)).lower())
         if role is None:
-            raise _BadValueError(
-                f"`{column}`[{index}] has {role_key} {turn.get(role_key)!r}, expected user, assistant, system or tool"
-            )
+            found = f"{turn.get(role_key)!r:.60}"
+            raise _BadValueError(f"`{column}`[{index}] has {role_key} {found}, not user, assistant, system or tool")
         taken = (role_key, content_key, "role", "content")
         rest = {k: v for k, v in turn.items() if k not in taken and v is not None}
         content = turn.get(content_key)
@@ -136,9 +139,7 @@ def _prompt_completion(row: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(completion, str):
             completion = [{"role": "assistant", "content": completion}]
         if not isinstance(completion, list):
-            raise _BadValueError(
-                "column `completion` must be text or a list of turns where `prompt` is a list of turns"
-            )
+            raise _BadValueError("column `completion` must be text or a list of turns, as `prompt` is")
         return {
             "messages": _turns([*row["prompt"], *completion], "prompt", "role", "content"),
             "tools": _tools(row),
@@ -188,12 +189,10 @@ def _classification(row: Mapping[str, Any]) -> dict[str, Any]:
     label = row.get("label")
     if isinstance(label, (bool, int)):
         label = str(label)
-    elif isinstance(label, float) and math.isfinite(
-        label
-    ):  # pandas writes whole numbers as floats where some are missing
+    elif isinstance(label, float) and math.isfinite(label):  # pandas writes whole numbers so where some are missing
         label = str(int(label)) if label.is_integer() else repr(label)
     if not isinstance(label, str) or not label.strip():
-        raise _BadValueError(f"column `label` is {label!r}, expected a class name or number")
+        raise _BadValueError(f"column `label` is {label!r:.60}, expected a class name or number")
     return {**_pair(row), "label": label.strip()}
 
 
@@ -203,7 +202,7 @@ def _regression(row: Mapping[str, Any]) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError, OverflowError):
         label = math.nan
     if not math.isfinite(label):
-        raise _BadValueError(f"column `label` is {row.get('label')!r}, expected a finite number")
+        raise _BadValueError(f"column `label` is {row.get('label')!r:.60}, expected a finite number")
     return {**_pair(row), "label": label}
 
 
@@ -224,9 +223,8 @@ def _multiple_choice(row: Mapping[str, Any]) -> dict[str, Any]:
         else:
             answer = int(answer) if answer.isdecimal() and len(answer) < 10 else answer
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        raise _BadValueError(
-            f"column `answer` is {row.get('answer')!r}, expected an index below {len(choices)}, a letter, or a choice"
-        )
+        found, n = f"{row.get('answer')!r:.60}", len(choices)
+        raise _BadValueError(f"column `answer` is {found}, expected an index below {n}, a letter, or a choice")
     return {
         "prompt": _string(row, "prompt"),
         "choices": tuple(choices),
@@ -264,7 +262,7 @@ def detect(rows: Iterable[Mapping[str, Any]], source: str) -> str:
             return name
     wanted = "; ".join(f"{name}: {' + '.join(columns)}" for name, (columns, _) in _FORMATS.items())
     raise DataError(
-        f"{source}: columns {', '.join(map(str, common)) or '(none)'} fit no format. Known: {wanted}. "
+        f"{source}: columns {', '.join(map(str, common))[:300] or '(none)'} fit no format. Known: {wanted}. "
         "Name yours with data.columns, e.g. data.columns='{prompt: question, completion: answer}'"
     )
 
@@ -279,8 +277,18 @@ def _continuous(sample: list[Mapping[str, Any]]) -> bool:
     return len(numbers) == len(labels) > 0 and written_as_float and any(not n.is_integer() for n in numbers)
 
 
+def _deep(value: Any, levels: int) -> bool:
+    """Whether lists and objects lie in each other more than `levels` deep."""
+    if not isinstance(value, (dict, list, tuple)):
+        return False
+    inner = value.values() if isinstance(value, Mapping) else value
+    return levels == 0 or any(_deep(each, levels - 1) for each in inner)
+
+
 def parse(values: Mapping[str, Any], fmt: str, origin: str) -> Example | str:
     """The row as an `Example`, or the reason why it is not one."""
+    if _deep(values, DEEPEST):
+        return f"is nested more than {DEEPEST} levels deep"
     try:
         example = Example(origin=origin, **_FORMATS[fmt][1](values))
         json.dumps(vars(example), ensure_ascii=False, default=str).encode()

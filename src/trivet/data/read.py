@@ -6,10 +6,11 @@ Formats of files: .jsonl .json .csv .tsv .parquet .txt, and each of these gzippe
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
+import io
 import json
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,12 @@ from typing import IO, Any
 from trivet.errors import ConfigError, DataError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+
+#: Longest line (and table cell), in characters: a longer one is no row, and an endless one would fill the memory.
+LONGEST_LINE = 64 << 20
+#: What a packed file may unpack to: so many times its size, or so many bytes. Text rarely packs to a fiftieth.
+MOST_TIMES, LEAST_LIMIT = 200, 1 << 30
+_MOST_ROWS = 100_000_000  # of a parquet file, where some bytes can stand for any number of rows
 
 #: Columns that hold lists of objects themselves, so that one row of them is no wrapping of rows.
 _LISTS = ("messages", "conversations", "tools", "prompt", "completion")
@@ -57,13 +64,13 @@ def read(source: str | Path, split: str = "train") -> Iterator[Row | BadRow]:
             raise ConfigError(f"data file {source}: no such file (looked in {path.absolute().parent})")
         yield from _hub(str(source), split)
         return
+    if not path.is_file():
+        raise ConfigError(f"data {source}: is no ordinary file; a pipe or device has to be saved to one first")
     kind = file_kind(path)
     try:
         yield from _READERS[kind](path)
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{source}:{_undecodable_line(path)}: not UTF-8 text ({error.reason}); save the file as UTF-8"
-        ) from error
+        raise DataError(f"{_undecodable(path)} ({error.reason}); save the file as UTF-8") from error
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{source}: cannot be read as {kind[1:]}: {error}") from error
 
@@ -82,31 +89,70 @@ def _looks_like_file(source: str, path: Path) -> bool:
     return path.is_absolute() or source.startswith((".", "~")) or path.suffix.lower() in (*SUFFIXES, ".gz")
 
 
-def _open(path: Path) -> IO[str]:
+class _Unpacked(io.RawIOBase):
+    """A gzipped file, up to what it may unpack to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.file = path, gzip.GzipFile(path)
+        self.left = max(LEAST_LIMIT, MOST_TIMES * path.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self.file.read(len(buffer))
+        self.left -= len(content)
+        if self.left < 0:
+            raise DataError(f"{self.path}: unpacks to more than {MOST_TIMES} times its size; unpack it and look at it")
+        buffer[: len(content)] = content
+        return len(content)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+def _bytes(path: Path) -> IO[bytes]:
     if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
+        return io.BufferedReader(_Unpacked(path), 1 << 16)
+    return path.open("rb")
 
 
-def _undecodable_line(path: Path) -> int:
-    """The first line that is not UTF-8: the decoder's own position counts from the start of its buffer."""
-    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+def _open(path: Path) -> IO[str]:
+    return io.TextIOWrapper(_bytes(path), encoding="utf-8-sig", newline="")
+
+
+def _lines(path: Path, file: IO[str]) -> Iterator[str]:
+    """The lines of a text, none of them endless."""
+    number = 0
+    while line := file.readline(LONGEST_LINE):
+        number += 1
+        if len(line) == LONGEST_LINE and line[-1] not in "\r\n":
+            raise DataError(f"{path}:{number}: a line of more than {LONGEST_LINE:,} characters; a row is one line")
+        yield line
+
+
+def _undecodable(path: Path) -> str:
+    """Where a file is not UTF-8: the decoder's own position counts from the start of its buffer."""
+    with _bytes(path) as file, contextlib.suppress(OSError, EOFError, zlib.error):  # also damaged further on
         for number, line in enumerate(file, start=1):
+            if number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
+                return f"{path}:1: not UTF-8 text but UTF-16"
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError:
-                return number
-    raise DataError(f"{path}: changed while it was read")
+                return f"{path}:{number}: not UTF-8 text"
+    return f"{path}: not UTF-8 text"
 
 
 def _jsonl(path: Path) -> Iterator[Row | BadRow]:
     with _open(path) as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(_lines(path, file), start=1):
             if not line.strip():
                 continue
             origin = f"{path}:{number}"
             try:
-                value = json.loads(line.rstrip("\r\n"))
+                value = json.loads(line.rstrip("\r\n"), object_pairs_hook=_once)
             except json.JSONDecodeError as error:
                 yield BadRow(origin, _json_fault(error))
                 continue
@@ -116,11 +162,20 @@ def _jsonl(path: Path) -> Iterator[Row | BadRow]:
             yield _object(value, origin)
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; the second of two equal keys would win without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
+        raise ValueError(f"key {twice[:60]!r} is given twice")
+    return found
+
+
 def _json(path: Path) -> Iterator[Row | BadRow]:
     with _open(path) as file:
         text = file.read()
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # JSON lines under the name .json are common
             yield from _jsonl(path)
@@ -151,10 +206,13 @@ def _object(value: Any, origin: str) -> Row | BadRow:
 
 def _table(delimiter: str) -> Callable[[Path], Iterator[Row | BadRow]]:
     def rows(path: Path) -> Iterator[Row | BadRow]:
-        csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+        csv.field_size_limit(LONGEST_LINE)
         with _open(path) as file:
-            reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+            reader = csv.DictReader(_lines(path, file), delimiter=delimiter, strict=True)
             try:
+                names = reader.fieldnames or ()
+                if twice := next((name for name in names if list(names).count(name) > 1), None):
+                    raise DataError(f"{path}:1: two columns are called {twice[:60]!r}; give each its own name")
                 for values in reader:
                     origin = f"{path}:{reader.line_num}"
                     if None in values:
@@ -165,7 +223,8 @@ def _table(delimiter: str) -> Callable[[Path], Iterator[Row | BadRow]]:
                         yield Row(dict(values), origin)
             except csv.Error as error:
                 # line_num is where the last good row ends, so this one starts on the next
-                raise DataError(f"{path}:{reader.line_num + 1}: not a valid table: {error}") from error
+                why = "a quote is never closed" if "unexpected end" in str(error) else error
+                raise DataError(f"{path}:{reader.line_num + 1}: not a valid table: {why}") from error
 
     return rows
 
@@ -174,21 +233,29 @@ def _parquet(path: Path) -> Iterator[Row | BadRow]:
     import pyarrow
     import pyarrow.parquet
 
-    content = path.read_bytes()
-    if path.suffix.lower() == ".gz":
-        content = gzip.decompress(content)
+    with _bytes(path) as file:
+        content = file.read()
     try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
-    except pyarrow.ArrowException as error:
+        opened = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content))
+        if opened.metadata.num_rows > _MOST_ROWS:
+            raise DataError(f"{path}: says that it holds {opened.metadata.num_rows:,} rows, more than {_MOST_ROWS:,}")
+        number = 0
+        for batch in opened.iter_batches(batch_size=1000):
+            for values in batch.to_pylist():
+                number += 1
+                yield Row(values, f"{path}:row {number}")
+    except DataError:
+        raise
+    except (pyarrow.ArrowException, ValueError, OverflowError, LookupError, TypeError) as error:
         raise DataError(f"{path}: not a valid parquet file: {error}") from error
-    for index, values in enumerate(table.to_pylist()):
-        yield Row(values, f"{path}:row {index + 1}")
 
 
 def _text(path: Path) -> Iterator[Row | BadRow]:
     with _open(path) as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
+        for number, line in enumerate(_lines(path, file), start=1):
+            if "\0" in line:
+                yield BadRow(f"{path}:{number}", "holds a NUL byte, so it is no text")
+            elif line.strip():
                 yield Row({"text": line.rstrip("\r\n")}, f"{path}:{number}")
 
 
