@@ -17,6 +17,7 @@ class Task:
     """One task. Where `test` is the only other file and small, validation rows are held out of train; see `splits`.
 
     `rates` are the three learning rates around plain LoRA's best one; a method's own are these times its factor.
+    `head_rate` is the learning rate of the classification head, the same for every method; None: the adapter's.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Task:
     rates: tuple[float, ...]
     train_rows: int | None = None
     test_rows: int | None = None
+    head_rate: float | None = None
 
     @property
     def labelled(self) -> bool:
@@ -60,6 +62,16 @@ TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         _encoder("trec", "TREC", ("cls_trec_train.jsonl", "cls_trec_test.jsonl"), "accuracy", 150),
+        replace(
+            _encoder(
+                "trec-head",
+                "TREC, the head at 1.8e-2",
+                ("cls_trec_train.jsonl", "cls_trec_test.jsonl"),
+                "accuracy",
+                150,
+            ),
+            head_rate=1.8e-2,
+        ),
         _encoder("sst2", "SST-2", ("cls_sst2_train.jsonl", "cls_sst2_test.jsonl"), "accuracy", 100),
         _encoder(
             "banking",
@@ -77,7 +89,7 @@ TASKS: dict[str, Task] = {
 }
 #: In runs this short MiniLM learns nothing of CoLA and RTE, so that they can't tell methods apart: 300 steps of CoLA at
 #: 1e-3, 3e-3 and 1e-2 all end at the majority class (a Matthews correlation of 0), 100 steps of RTE at chance.
-DEFAULT_TASKS = ("trec", "sst2", "banking", "e2e", "snips")
+DEFAULT_TASKS = ("trec", "trec-head", "sst2", "banking", "e2e", "snips")
 
 
 @dataclass(frozen=True)
@@ -244,7 +256,7 @@ def attach_peft_adalora(loaded: Loaded, candidate: Candidate, seed: int, scale: 
     return model
 
 
-def follow_adalora(trainer: Any, model: Any) -> None:
+def follow_adalora(trainer: Any, model: Any, settings: Any) -> None:
     """What PEFT leaves to the caller of AdaLoRA: the allocation after each step, the orthogonality term of the loss.
 
     PEFT adds that term in its forward pass where labels are given; our Trainer computes the loss outside of it.
@@ -253,6 +265,8 @@ def follow_adalora(trainer: Any, model: Any) -> None:
         return
     import torch
     from transformers import TrainerCallback
+
+    from trivet.update.chain import rate_apart
 
     class Allocate(TrainerCallback):
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -265,9 +279,12 @@ def follow_adalora(trainer: Any, model: Any) -> None:
 
     trainer.compute_loss = loss
     trainer.add_callback(Allocate())
-    trainer.optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=trainer.args.learning_rate, weight_decay=0.0
-    )
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    trainer.optimizer = torch.optim.AdamW([p for _, p in trained], lr=settings.learning_rate, weight_decay=0.0)
+    if settings.head_learning_rate is not None:
+        rate_apart(
+            trainer.optimizer, [p for name, p in trained if "modules_to_save" in name], settings.head_learning_rate
+        )
 
 
 def orthogonality(model: Any) -> Any:

@@ -8,6 +8,7 @@ random projections of x xᵀ and g xᵀ: nothing as large as W is ever formed. P
 from __future__ import annotations
 
 import contextlib
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -73,6 +74,8 @@ class Collector:
         self._modules: dict[str, nn.Module] = {layer.name: layer.module for layer in layers}
         self._sums = {layer.name: LayerSums(layer, sketch, seed) for layer in layers}
         self._sketch, self._seed, self._decay, self._reduce = sketch, seed, 1.0 if decay is None else decay, reduce
+        #: Seconds that were spent on recording; where a GPU does the work, on asking it to.
+        self.seconds = 0.0
         self._hooks: dict[str, torch.utils.hooks.RemovableHandle] = {}
         self._latest: tuple[Callable[[], Any], int, Reading] = (lambda: None, 0, Reading())
 
@@ -88,7 +91,12 @@ class Collector:
         if not output.requires_grad:
             return None
         x = args[0]
-        return _Tap.apply(output, x.detach(), partial(sums.add, reading=self._reading(x)))
+        return _Tap.apply(output, x.detach(), partial(self._record, sums, self._reading(x)))
+
+    def _record(self, sums: LayerSums, reading: Reading, x: torch.Tensor, g: torch.Tensor) -> None:
+        began = time.perf_counter()
+        sums.add(x, g, reading)
+        self.seconds += time.perf_counter() - began
 
     def _reading(self, x: torch.Tensor) -> Reading:
         """The one of all layers that read x directly after each other; x itself is not kept."""
