@@ -83,12 +83,23 @@ TASKS: dict[str, Task] = {
         ),
         _writer("e2e", "E2E", ("d2t_e2e_train.jsonl.gz", "d2t_e2e_valid.jsonl")),
         _writer("snips", "SNIPS", ("extract_snips_train.jsonl", "extract_snips_test.jsonl")),
-        _encoder("cola", "CoLA", ("cls_cola_train.jsonl", "cls_cola_dev.jsonl"), "matthews", 150),
+        replace(
+            _encoder(
+                "cola",
+                "CoLA",
+                ("cls_cola_train.jsonl", "cls_cola_dev.jsonl"),
+                "matthews",
+                800,
+                (5e-4, 1e-3, 2e-3),
+            ),
+            batch_size=32,
+        ),
         _encoder("rte", "RTE", ("pair_rte_train.jsonl", "pair_rte_dev.jsonl"), "accuracy", 40),
     )
 }
-#: In runs this short MiniLM learns nothing of CoLA and RTE, so that they can't tell methods apart: 300 steps of CoLA at
-#: 1e-3, 3e-3 and 1e-2 all end at the majority class (a Matthews correlation of 0), 100 steps of RTE at chance.
+#: Left out: CoLA, of which MiniLM begins to learn in three epochs (plain LoRA of r = 8 at 1e-3: a Matthews correlation
+#: of 0.22 on validation rows; 0.12 in 400 steps of 32 rows with the head at 1e-2, 0 in 300 of 16), so that each run is
+#: two minutes; and RTE, which stays at chance (0.526 of 249 rows after 300 steps).
 DEFAULT_TASKS = ("trec", "trec-head", "sst2", "banking", "e2e", "snips")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,16 @@ def test_the_table_pairs_seeds_and_names_what_is_too_small(task: Task) -> None:
 
     two = quality_table.table(lora | ours, [task], [WIDE, SQUEEZE], [0, 1])
     assert "-0.0150 (n = 2: too small)" in two
+
+
+def test_rows_that_are_trained_on_twice_are_one_task(task: Task) -> None:
+    rows = {}
+    for shift, where in ((0.01, task), (0.03, replace(task, name="again"))):
+        for candidate, tests in ((WIDE, {0: 0.30, 1: 0.32}), (SQUEEZE, {0: 0.30 - shift, 1: 0.32 - shift})):
+            rows |= rows_of(where, candidate, dict(zip(task.rates, (0.5, 0.3, 0.4), strict=True)), tests)
+    tasks = [task, replace(task, name="again"), replace(task, name="third", train="other.jsonl")]
+    text = quality_table.table(rows, tasks, [WIDE, SQUEEZE], [0, 1])
+    assert "| squeeze-r1 | -1.41 | n = 1: too small | 1 |" in text  # the mean of 0.01 and 0.03 over √2 · 0.01
 
 
 def test_an_interval_is_students() -> None:
