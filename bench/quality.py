@@ -24,6 +24,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from quality_adalora import attach_peft_adalora, follow_adalora, is_adalora, masked_parameters
 from quality_table import append, best_loss, check, next_run, read, table
 from quality_tasks import (
     CANDIDATES,
@@ -32,12 +33,8 @@ from quality_tasks import (
     Candidate,
     Loaded,
     Task,
-    attach_peft_adalora,
-    follow_adalora,
     heads,
-    is_adalora,
     load_task,
-    masked_parameters,
     targets,
 )
 from versions import versions

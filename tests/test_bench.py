@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import page
 import quality
+import quality_adalora
 import quality_table
 import quality_tasks
 from quality_tasks import CANDIDATES, TASKS, Candidate, Task
@@ -123,12 +124,12 @@ def test_a_rate_that_diverges_is_a_row(loaded: Any) -> None:
 
 def test_peft_adalora_is_run_as_peft_means_it(loaded: Any) -> None:
     quality.start_heads(loaded, 0)
-    model = quality_tasks.attach_peft_adalora(loaded, ADALORA, 0, 2.0)
+    model = quality_adalora.attach_peft_adalora(loaded, ADALORA, 0, 2.0)
     batch = Collator(0)(loaded.train_rows[:4])
     model.eval()
     with torch.no_grad():
         theirs = model(**batch)
-        ours = torch.nn.functional.cross_entropy(theirs.logits, batch["labels"]) + quality_tasks.orthogonality(model)
+        ours = torch.nn.functional.cross_entropy(theirs.logits, batch["labels"]) + quality_adalora.orthogonality(model)
     model.unload()
     torch.testing.assert_close(ours, theirs.loss)
     row = quality.run(loaded, ADALORA, 0, 1e-2, 2.0)
