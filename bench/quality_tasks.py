@@ -98,7 +98,7 @@ TASKS: dict[str, Task] = {
     )
 }
 #: Left out: CoLA, of which MiniLM begins to learn in three epochs (plain LoRA of r = 8 at 1e-3: a Matthews correlation
-#: of 0.22 on validation rows; 0.12 in 400 steps of 32 rows with the head at 1e-2, 0 in 300 of 16), so that each run takes
+#: of 0.22 on validation rows; 0.12 in 400 steps of 32 rows with the head at 1e-2, 0 in 300 of 16), so each run takes
 #: 100 s; and RTE, which stays at chance (0.526 of 249 rows after 300 steps).
 DEFAULT_TASKS = ("trec", "trec-head", "sst2", "banking", "e2e", "snips")
 
