@@ -24,6 +24,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from quality_adalora import attach_peft_adalora, follow_adalora, is_adalora, masked_parameters
 from quality_table import append, best_loss, check, next_run, read, table
 from quality_tasks import (
     CANDIDATES,
@@ -32,12 +33,8 @@ from quality_tasks import (
     Candidate,
     Loaded,
     Task,
-    attach_peft_adalora,
-    follow_adalora,
     heads,
-    is_adalora,
     load_task,
-    masked_parameters,
     targets,
 )
 from versions import versions
@@ -145,6 +142,7 @@ def run(loaded: Loaded, candidate: Candidate, seed: int, rate: float, scale: flo
     return {
         "task": loaded.task.name, "method": candidate.name, "written": candidate.method, "rank": candidate.rank,
         "seed": seed, "learning_rate": rate, "scale": scale, "steps": loaded.task.steps,
+        "head_rate": loaded.task.head_rate,
         "trainable_parameters": trained, "adapter_parameters": trained - whole,
         "ranks": summary(ranks) if candidate.varying else None,
         "validation": validation, "test": test, "failed": failed,
@@ -166,6 +164,7 @@ def configured(task: Task, candidate: Candidate, seed: int, rate: float) -> Any:
             "training.max_steps": task.steps,
             "training.batch_size": task.batch_size,
             "training.learning_rate": rate,
+            "training.head_learning_rate": task.head_rate,
             "training.seed": seed,
         }
     )
@@ -187,7 +186,7 @@ def fit(session: Any, loaded: Loaded, config: Any) -> dict[str, float]:
         trainer = make_trainer(ready, RunFolder(Path(place)), log)
         trainer.args.eval_strategy = trainer.args.save_strategy = IntervalStrategy.NO
         trainer.args.load_best_model_at_end = False
-        follow_adalora(trainer, session.model)
+        follow_adalora(trainer, session.model, config.training)
         began, used = time.perf_counter(), time.process_time()
         try:
             trainer.train()

@@ -142,7 +142,7 @@ def differences(group: Group, reference: Group, metric: str) -> list[float]:
 def table(rows: Rows, tasks: list[Task], candidates: list[Candidate], seeds: list[int]) -> str:
     """Markdown: a table a task, and one over all tasks."""
     lines: list[str] = []
-    overall: dict[str, list[float]] = {}
+    overall: dict[str, dict[str, list[float]]] = {}  # method -> training rows -> differences
     for task in tasks:
         groups = [g for c in candidates if (g := Group(rows, task, c, seeds)).runs]
         if not groups:
@@ -155,10 +155,12 @@ def table(rows: Rows, tasks: list[Task], candidates: list[Candidate], seeds: lis
             reference = group.reference(groups)
             lines.append(_row(group, reference))
             if reference and spread and (shifts := differences(group, reference, "loss")):
-                overall.setdefault(group.candidate.name, []).append(statistics.mean(shifts) / spread)
+                found = overall.setdefault(group.candidate.name, {}).setdefault(task.train, [])
+                found.append(statistics.mean(shifts) / spread)
         lines += ["", f"One standard deviation over seeds (pooled): {spread:.4f} nats.", ""]
     lines += ["### Over all tasks", "", *_OVERALL]
-    for name, shifts in overall.items():
+    for name, found in overall.items():
+        shifts = [statistics.mean(same) for same in found.values()]
         mean, half = interval(shifts)
         shown = (
             f"{mean - half:+.2f} to {mean + half:+.2f}" if len(shifts) >= ENOUGH else f"n = {len(shifts)}: too small"
@@ -176,7 +178,8 @@ _NOTES = (
     "Differences are to plain LoRA of the nearest number of trained parameters (× their ratio where it is over 10% "
     "off), seed by seed on the same rows; losses in nats, negative is better. Intervals: t with n − 1 degrees of "
     "freedom over seeds; of twenty such intervals one misses zero by chance. ↓ ↑: the chosen learning rate is the "
-    "lowest or highest that was tried. Standardised: divided by the task's pooled standard deviation over seeds."
+    "lowest or highest that was tried. Standardised: divided by the task's pooled standard deviation over seeds; "
+    "rows that were trained on in two settings are one task, with the mean of both."
 )
 
 

@@ -19,7 +19,6 @@ from typing import Any
 from rich.console import Console
 
 from trivet.configio import load
-from trivet.rank.squeeze import Squeeze
 from trivet.run import train
 
 RESULTS = Path(__file__).resolve().parent / "results" / "shrink.jsonl"
@@ -89,7 +88,6 @@ def compare(squeezed: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
     settled = per_token([row for row in steps if row["step"] > last])
     flat = per_token([row for row in plain["steps"] if row["step"] > last])
     seconds = sum(row["step_seconds"] for row in steps)
-    hooks = measuring(steps, squeezed["result"]["rank_history"])
     ours, theirs = squeezed["result"], plain["result"]
     return {
         "trainable_share": ours["trainable_parameters"] / theirs["trainable_parameters"],
@@ -107,24 +105,10 @@ def compare(squeezed: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
             "settled": over_plain(last, len(steps)),
         },
         "rank_seconds": ours["rank_seconds"],
-        "hook_seconds": hooks,
-        "rank_share_of_run": (ours["rank_seconds"] + hooks) / seconds,
+        "rank_share_of_run": ours["rank_seconds"] / seconds,
         "loss": {"squeezed": ours["metrics"]["tuned"]["loss"], "plain": theirs["metrics"]["tuned"]["loss"]},
         "versions": ours["versions"],
     }
-
-
-def measuring(steps: list[dict[str, Any]], history: list[dict[str, Any]]) -> float:
-    """Seconds that the hooks added: measured steps against the others until the ranks are settled, per token."""
-    last = history[-1]["step"]
-    policy, total = Squeeze(4), len(steps)
-    before = [row for row in steps if 5 < row["step"] <= last]
-    measured = [row for row in before if policy.measures(row["step"] - 1, total)]
-    others = [row for row in before if not policy.measures(row["step"] - 1, total)]
-    extra = statistics.median(r["step_seconds"] / r["tokens"] for r in measured) - statistics.median(
-        r["step_seconds"] / r["tokens"] for r in others
-    )
-    return max(0.0, extra) * sum(row["tokens"] for row in measured)
 
 
 if __name__ == "__main__":

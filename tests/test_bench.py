@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import page
 import quality
+import quality_adalora
 import quality_table
 import quality_tasks
 from quality_tasks import CANDIDATES, TASKS, Candidate, Task
@@ -122,12 +124,12 @@ def test_a_rate_that_diverges_is_a_row(loaded: Any) -> None:
 
 def test_peft_adalora_is_run_as_peft_means_it(loaded: Any) -> None:
     quality.start_heads(loaded, 0)
-    model = quality_tasks.attach_peft_adalora(loaded, ADALORA, 0, 2.0)
+    model = quality_adalora.attach_peft_adalora(loaded, ADALORA, 0, 2.0)
     batch = Collator(0)(loaded.train_rows[:4])
     model.eval()
     with torch.no_grad():
         theirs = model(**batch)
-        ours = torch.nn.functional.cross_entropy(theirs.logits, batch["labels"]) + quality_tasks.orthogonality(model)
+        ours = torch.nn.functional.cross_entropy(theirs.logits, batch["labels"]) + quality_adalora.orthogonality(model)
     model.unload()
     torch.testing.assert_close(ours, theirs.loss)
     row = quality.run(loaded, ADALORA, 0, 1e-2, 2.0)
@@ -215,6 +217,16 @@ def test_the_table_pairs_seeds_and_names_what_is_too_small(task: Task) -> None:
 
     two = quality_table.table(lora | ours, [task], [WIDE, SQUEEZE], [0, 1])
     assert "-0.0150 (n = 2: too small)" in two
+
+
+def test_rows_that_are_trained_on_twice_are_one_task(task: Task) -> None:
+    rows = {}
+    for shift, where in ((0.01, task), (0.03, replace(task, name="again"))):
+        for candidate, tests in ((WIDE, {0: 0.30, 1: 0.32}), (SQUEEZE, {0: 0.30 - shift, 1: 0.32 - shift})):
+            rows |= rows_of(where, candidate, dict(zip(task.rates, (0.5, 0.3, 0.4), strict=True)), tests)
+    tasks = [task, replace(task, name="again"), replace(task, name="third", train="other.jsonl")]
+    text = quality_table.table(rows, tasks, [WIDE, SQUEEZE], [0, 1])
+    assert "| squeeze-r1 | -1.41 | n = 1: too small | 1 |" in text  # the mean of 0.01 and 0.03 over √2 · 0.01
 
 
 def test_an_interval_is_students() -> None:

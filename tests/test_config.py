@@ -110,7 +110,8 @@ def test_the_config_of_the_readme_loads(write: Any) -> None:
             "model:\n  name: gpt2\n  lora_rank: 8\ntraining:\n  batch_size: 8\n  learning_rate: 3e-4\n  num_epochs: 3\n"
         )
     )
-    assert config == Config(ModelConfig("gpt2", 8), DataConfig(), TrainingConfig(8, 1, 3e-4, 3.0))
+    training = TrainingConfig(batch_size=8, learning_rate=3e-4, num_epochs=3.0)
+    assert config == Config(ModelConfig("gpt2", 8), DataConfig(), training)
 
 
 # -- numbers, booleans, lists, nulls -----------------------------------------------------------------------------------

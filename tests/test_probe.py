@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from conftest import tiny_model
+from trivet.adapter import statistics
 from trivet.adapter.layers import AdaptedLayer, adapted_layers
 from trivet.adapter.statistics import LayerStatistics
 from trivet.errors import TrivetError
@@ -199,6 +200,48 @@ def test_calls_of_a_shared_layer_are_summed() -> None:
     torch.testing.assert_close(found.gradient_right, torch.outer(Line().v, both.sum(0) / 10) @ found.omega)
 
 
+class Branches(nn.Module):
+    """Two layers that read one x; the loss depends on the first at some positions alone."""
+
+    def __init__(self, learned: slice) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 4, bias=False), nn.Linear(6, 4, bias=False)
+        self.learned = learned
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x)[:, self.learned].square().sum() + self.second(x).square().sum()
+
+
+@pytest.mark.parametrize(("learned", "passes"), [(slice(None), 1), (slice(2, 4), 2)])
+def test_layers_that_read_one_tensor_share_its_sums(
+    learned: slice, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    pieces = statistics._pieces
+    monkeypatch.setattr(statistics, "_pieces", lambda t: read.append(t.shape[1]) or pieces(t))
+    torch.manual_seed(0)
+    model = adapt(Branches(learned), ["first", "second"], None)
+    x = torch.randn(2, 5, 6)
+    collector = Collector(adapted_layers(model))
+    collector.on()
+    model(x).backward()
+    assert collector.fold() and read.count(6) == passes and read.count(4) == 2
+    found = collector.statistics()
+    torch.testing.assert_close(found["first"].inputs, x[:, learned].square().mean((0, 1)))
+    torch.testing.assert_close(found["second"].inputs, x.square().mean((0, 1)))
+
+
+def test_a_tensor_with_new_values_is_another_one() -> None:
+    model, layers, x = line()
+    expected = x.square().mean((0, 1))
+    collector = Collector(layers)
+    collector.on()
+    for factor in (1, 2):
+        model.base_model.model.forward(x.mul_(factor)).backward()
+        collector.fold()
+    torch.testing.assert_close(collector.statistics()["fc"].inputs, (expected + 4 * expected) / 2)
+
+
 def test_long_inputs_are_summed_in_pieces() -> None:
     model, layers, _ = line()
     x = torch.randn(1, 1300, 6)
@@ -266,8 +309,9 @@ def test_without_a_sketch_only_moments_are_gathered() -> None:
     layers = adapted_layers(model)
     sketched, plain = probe(model, layers, [batch], sketch=4), probe(model, layers, [batch], sketch=0)
     for name, found in plain.items():
-        for field in ("inputs", "outputs", "input_mean"):
+        for field in ("inputs", "outputs"):
             assert torch.equal(getattr(found, field), getattr(sketched[name], field))
+        assert not found.input_mean.numel()
         widths = {f: tuple(getattr(found, f).shape) for f in ("input_sketch", "gradient_right", "gradient_left")}
         (out, inner), shape = next(layer.shape for layer in layers if layer.name == name), found.psi.shape
         assert widths == {"input_sketch": (inner, 0), "gradient_right": (out, 0), "gradient_left": (inner, 0)}

@@ -127,6 +127,9 @@ class TrainingConfig:
         1, "micro-steps per optimizer step, weighted by their supervised tokens", at_least=1
     )
     learning_rate: float = option(3e-4, "peak learning rate", at_least=0)
+    head_learning_rate: float | None = option(
+        None, "peak learning rate of a classification or regression head; null means learning_rate", at_least=0
+    )
     num_epochs: float = option(3.0, "passes over the training rows (alias: num_train_epochs)", above=0)
     max_steps: int | None = option(None, "stop after so many optimizer steps; overrides num_epochs", at_least=1)
     warmup_ratio: float = option(0.03, "share of the steps in which the rate rises from 0", at_least=0, below=1)

@@ -8,14 +8,17 @@ random projections of x xᵀ and g xᵀ: nothing as large as W is ever formed. P
 from __future__ import annotations
 
 import contextlib
+import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from trivet.adapter.layers import AdaptedLayer
-from trivet.adapter.statistics import LayerStatistics, LayerSums
+from trivet.adapter.statistics import LayerStatistics, LayerSums, Reading
 from trivet.data.encode import IGNORE
 from trivet.errors import TrivetError
 
@@ -71,13 +74,37 @@ class Collector:
         self._modules: dict[str, nn.Module] = {layer.name: layer.module for layer in layers}
         self._sums = {layer.name: LayerSums(layer, sketch, seed) for layer in layers}
         self._sketch, self._seed, self._decay, self._reduce = sketch, seed, 1.0 if decay is None else decay, reduce
+        #: Seconds that were spent on recording; where a GPU does the work, on asking it to.
+        self.seconds = 0.0
         self._hooks: dict[str, torch.utils.hooks.RemovableHandle] = {}
+        self._latest: tuple[Callable[[], Any], int, Reading] = (lambda: None, 0, Reading())
 
     def on(self) -> None:
         """Record from now on."""
         for name, module in self._modules.items():
             if name not in self._hooks:
-                self._hooks[name] = module.register_forward_hook(_hook(self._sums[name].add))
+                self._hooks[name] = module.register_forward_hook(partial(self._tap, self._sums[name]))
+
+    def _tap(
+        self, sums: LayerSums, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor
+    ) -> torch.Tensor | None:
+        if not output.requires_grad:
+            return None
+        x = args[0]
+        return _Tap.apply(output, x.detach(), partial(self._record, sums, self._reading(x)))
+
+    def _record(self, sums: LayerSums, reading: Reading, x: torch.Tensor, g: torch.Tensor) -> None:
+        began = time.perf_counter()
+        sums.add(x, g, reading)
+        self.seconds += time.perf_counter() - began
+
+    def _reading(self, x: torch.Tensor) -> Reading:
+        """The one of all layers that read x directly after each other; x itself is not kept."""
+        known, version, reading = self._latest
+        if known() is not x or version != x._version:
+            reading = Reading()
+            self._latest = weakref.ref(x), x._version, reading
+        return reading
 
     def off(self) -> None:
         """Record nothing: no hook is left on the model. What was recorded stays."""
@@ -111,13 +138,12 @@ class Collector:
             Whether it counts. It does not where no gradient arrived, or where one was not finite (as in the steps that
             a gradient scaler skips).
         """
-        measured = [sums.now for sums in self._sums.values()]
+        measured = list(self._sums.values())
         if self._reduce is not None:
-            _reduce_all(measured, self._reduce)
-        finite = all(bool(torch.stack([t.sum() for t in now.values()]).isfinite().all()) for now in measured)
-        counts = finite and any(bool(now["tokens"]) for now in measured)
-        for sums in self._sums.values():
-            if counts:
+            _reduce_all([sums.now.flat for sums in measured], self._reduce)
+        counts = bool(measured) and _whole(measured)
+        if counts:
+            for sums in measured:
                 sums.fold(None if items is None else float(items), loss_scale, self._decay)
         self.discard()
         return counts
@@ -125,8 +151,7 @@ class Collector:
     def discard(self) -> None:
         """Forget what was recorded since the last `fold`."""
         for sums in self._sums.values():
-            for t in sums.now.values():
-                t.zero_()
+            sums.now.flat.zero_()
 
     def statistics(self) -> dict[str, LayerStatistics]:
         """What the folded measurements say, by layer name; zeros for a layer that no gradient reached."""
@@ -134,7 +159,7 @@ class Collector:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The folded sums as `layer name.field`, and `seed` and `sketch`, from which the test matrices follow."""
-        state = {f"{name}.{f}": t.clone() for name, sums in self._sums.items() for f, t in sums.total.items()}
+        state = {f"{name}.{f}": t.clone() for name, sums in self._sums.items() for f, t in sums.total.named.items()}
         return state | {"seed": torch.tensor(self._seed), "sketch": torch.tensor(self._sketch)}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -152,25 +177,24 @@ class Collector:
                 f"{' and more' if wrong[3:] else ''}; resume with the adapter and the settings they were saved with"
             )
         for name, sums in self._sums.items():
-            for f, total in sums.total.items():
+            for f, total in sums.total.named.items():
                 total.copy_(state[f"{name}.{f}"])
 
 
-def _hook(record: Callable[..., None]) -> Callable[..., torch.Tensor | None]:
-    def tap(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
-        return _Tap.apply(output, args[0].detach(), record) if output.requires_grad else None
+def _whole(measured: Sequence[LayerSums]) -> bool:
+    """Whether something was measured, and all of it is finite: asked of the device once."""
+    device = measured[0].now.flat.device
+    said = [torch.stack([sums.now.named["tokens"], sums.now.flat.sum()]).to(device) for sums in measured]
+    tokens, checks = torch.stack(said).unbind(1)
+    return bool(tokens.any() & checks.isfinite().all())
 
-    return tap
 
-
-def _reduce_all(measured: Sequence[dict[str, torch.Tensor]], reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def _reduce_all(sums: Sequence[torch.Tensor], reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Sum over processes, in one call for each device."""
-    tensors = [t for now in measured for t in now.values()]
-    for device in dict.fromkeys(t.device for t in tensors):
-        here = [t for t in tensors if t.device == device]
-        flat = reduce(torch.cat([t.flatten() for t in here]))
-        for t, part in zip(here, flat.split([t.numel() for t in here]), strict=True):
-            t.copy_(part.view_as(t))
+    for device in dict.fromkeys(t.device for t in sums):
+        here = [t for t in sums if t.device == device]
+        for t, part in zip(here, reduce(torch.cat(here)).split([t.numel() for t in here]), strict=True):
+            t.copy_(part)
 
 
 def probe(

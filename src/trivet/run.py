@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -251,7 +252,7 @@ def make_trainer(ready: Prepared, folder: RunFolder, log_callback: RunLog, *furt
         train_rows=ready.train_rows,
         validation_rows=held,
         collator=replace(session.collator, packed=settings.packing),
-        optimizer=optimizer,
+        optimizer=partial(optimizer, head_learning_rate=settings.head_learning_rate),
         callbacks=callbacks,
         tokenizer=session.tokenizer,
         z_loss=settings.z_loss,

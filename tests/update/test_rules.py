@@ -9,13 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from update_toys import RULES, Toy, product
 
 from conftest import CORPUS, bpe_tokenizer, tiny_model
+from trivet.adapter.attach import attach
 from trivet.adapter.layers import Change, adapted_layers
+from trivet.adapter.plan import optimizer as make_optimizer
 from trivet.adapter.resize import resize
+from trivet.errors import ConfigError
 from trivet.methods import find_method
 from trivet.update.chain import rank_step
 
@@ -233,3 +237,32 @@ def test_what_is_remembered_has_names_that_resizing_knows() -> None:
                 shape = {"step": (), "gram": (rank, rank)}.get(key, tuple(p.shape))
                 assert tuple(value.shape) == shape
         assert sizes(optimizer.state) <= known
+
+
+@each_rule
+def test_a_head_learns_at_its_own_rate(rule: str) -> None:
+    ids, labels = torch.randint(1, 64, (4, 9), generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 1])
+
+    def after_a_step(**rates: float) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        torch.manual_seed(0)
+        base = hf.BertForSequenceClassification(tiny_model("bert", 64, num_labels=3).config).eval()
+        model = attach(base, lora_rank=4, method={"update": rule})
+        made = make_optimizer(model, weight_decay=0.0, **rates)
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        before = {name: p.detach().clone() for name, p in trained.items()}
+        model(input_ids=ids, labels=labels).loss.backward()
+        made.step()
+        moved = {name: p.detach() - before[name] for name, p in trained.items()}
+        heads = {name: d for name, d in moved.items() if "classifier" in name}
+        return heads, {name: d for name, d in moved.items() if name not in heads}
+
+    heads, rest = after_a_step(learning_rate=1e-3, head_learning_rate=0.25)
+    _, alone = after_a_step(learning_rate=1e-3)
+    assert len(heads) == 2 and all(float(d.abs().max()) == pytest.approx(0.25, rel=1e-3) for d in heads.values())
+    assert all(torch.equal(d, alone[name]) for name, d in rest.items())
+
+
+def test_a_heads_rate_without_a_head_is_refused() -> None:
+    model = attach(tiny_model("llama", 64), lora_rank=4)
+    with pytest.raises(ConfigError, match="head_learning_rate is 0.1, but this model has no head"):
+        make_optimizer(model, learning_rate=1e-3, head_learning_rate=0.1)

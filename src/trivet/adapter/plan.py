@@ -12,7 +12,7 @@ from trivet.adapter.layers import adapted_layers
 from trivet.errors import ConfigError
 from trivet.methods import Method
 from trivet.rank.policy import Policy
-from trivet.update.chain import rank_step
+from trivet.update.chain import rank_step, rate_apart
 
 
 @dataclass
@@ -31,7 +31,9 @@ def plan_of(model: Any) -> Plan:
     return plan
 
 
-def optimizer(model: PeftModel, *, learning_rate: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+def optimizer(
+    model: PeftModel, *, learning_rate: float, weight_decay: float = 0.0, head_learning_rate: float | None = None
+) -> torch.optim.Optimizer:
     """The method's update rule over everything that is trained.
 
     Give it to any Trainer: `Trainer(..., optimizers=(trivet.optimizer(model, learning_rate=1e-3), None))`.
@@ -40,6 +42,11 @@ def optimizer(model: PeftModel, *, learning_rate: float, weight_decay: float = 0
         model: what `trivet.attach` returned.
         learning_rate: peak rate; schedulers work on it as usual.
         weight_decay: decoupled; vectors (biases, norms) are not decayed.
+        head_learning_rate: peak rate of a classification or regression head, and of whatever else is trained whole; by
+            default `learning_rate`. A head starts from nothing, so it often wants a larger one than an adapter does.
+
+    Raises:
+        ConfigError: `head_learning_rate` was given, and nothing is trained whole.
     """
     plan = plan_of(model)
     layers = adapted_layers(model)
@@ -49,4 +56,12 @@ def optimizer(model: PeftModel, *, learning_rate: float, weight_decay: float = 0
     made = rule(layers, rest, learning_rate=learning_rate, weight_decay=weight_decay, **plan.method.options("update"))
     if plan.policy.rank_aware_step:
         rank_step(made, layers)
+    if head_learning_rate is not None:
+        heads = [p for name, p in rest if ".modules_to_save." in name]
+        if not heads:
+            raise ConfigError(
+                f"head_learning_rate is {head_learning_rate:g}, but this model has no head that is trained beside its "
+                "adapter; leave it null"
+            )
+        rate_apart(made, heads, head_learning_rate)
     return made

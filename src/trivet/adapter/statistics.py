@@ -5,7 +5,9 @@ Part of the vocabulary of the legs. Nothing here is as large as W: an out x in l
 
 from __future__ import annotations
 
+import math
 import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +22,9 @@ _COVARIANCE_TOLERANCE = 1e-6
 #: Smallest C_j and S_i that are divided by, as a share of their mean: a dead input has C_j = 0 (and a gradient of 0).
 _FLOOR = 1e-6
 
-#: Positions that are converted to float32 at a time.
-_CHUNK = 512
+#: Numbers that are converted to float32 at a time: what a core's cache holds, or a GPU's memory has room for.
+_CHUNK = {"cpu": 2**18}
+_LARGE_CHUNK = 2**23
 _PER_TOKEN = ("inputs", "input_mean", "input_sketch")
 _PER_ITEM = ("outputs", "gradient_right", "gradient_left")
 
@@ -33,7 +36,7 @@ class LayerStatistics:
     Attributes:
         inputs: diag C = E[x²] over tokens, (in,).
         outputs: diag S, (out,): items · Σ g² over tokens, so that ½ ‖S^½ ΔW C^½‖² is in nats of the mean loss.
-        input_mean: E[x], (in,).
+        input_mean: E[x], (in,); gathered beside a sketch, else empty.
         input_sketch: E[x xᵀ] Ω, (in, k).
         gradient_right: G Ω, (out, k), of the mean loss's gradient G = Σ g xᵀ in W.
         gradient_left: Gᵀ Ψ, (in, k).
@@ -127,6 +130,57 @@ def _numerical_rank(sizes: torch.Tensor) -> int:
     return int((sizes > _RANK_TOLERANCE * sizes[:1]).sum())
 
 
+class Reading:
+    """One tensor x that layers read (q, k and v, say): the sums over it are made once for all of them."""
+
+    def __init__(self) -> None:
+        self._counts: torch.Tensor | None = None
+        self._sums: dict[str, torch.Tensor] = {}
+
+    def sums(self, x: torch.Tensor, counts: torch.Tensor, mean: bool) -> dict[str, torch.Tensor]:
+        """`inputs` Σ x² and, with `mean`, `input_mean` Σ x, (in,) float32, over the positions of x (n, in) that count.
+
+        Made anew where a layer counts other positions than the one before it.
+        """
+        if self._counts is None or not torch.equal(self._counts, counts):
+            names = ("inputs", "input_mean") if mean else ("inputs",)
+            self._counts, self._sums = counts, {name: counts.new_zeros(x.shape[1]) for name in names}
+            for xs, weights in zip(_pieces(x), counts.split(_rows(x)), strict=True):
+                if mean:
+                    self._sums["input_mean"].addmv_(xs.T, weights)
+                self._sums["inputs"].addmv_(xs.square_().T, weights)
+        return self._sums
+
+
+def _rows(x: torch.Tensor) -> int:
+    """How many rows of x (n, m) are a piece."""
+    return max(1, _CHUNK.get(x.device.type, _LARGE_CHUNK) // x.shape[1])
+
+
+def _pieces(x: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Some rows of x at a time, in float32; what comes next is written over what came before."""
+    rows = _rows(x)
+    scratch = torch.empty(min(rows, len(x)), x.shape[1], device=x.device)
+    for piece in x.split(rows):
+        yield scratch[: len(piece)].copy_(piece)
+
+
+class _Sums:
+    """Sums by name, as views of one tensor (`flat`), so that what is done to all of them is done once."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> None:
+        self.shapes = shapes
+        self._view(torch.zeros(sum(math.prod(shape) for shape in shapes.values()), device=device))
+
+    def _view(self, flat: torch.Tensor) -> None:
+        parts = flat.split([math.prod(shape) for shape in self.shapes.values()])
+        self.flat = flat
+        self.named = {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+
+    def to(self, device: torch.device) -> None:
+        self._view(self.flat.to(device))
+
+
 class LayerSums:
     """One layer's sums, float32: of the measurement under way (`now`), and of those that were folded (`total`)."""
 
@@ -137,58 +191,65 @@ class LayerSums:
         self.embedding = layer.embedding
         self.omega = torch.randn(inner, k, generator=generator).to(device)
         self.psi = torch.randn(out, k, generator=generator).to(device)
-        shapes = {"tokens": (), "inputs": (inner,), "input_mean": (inner,), "outputs": (out,)}
+        shapes: dict[str, tuple[int, ...]] = {"tokens": (), "items": (), "inputs": (inner,), "outputs": (out,)}
         if k:
+            shapes |= {"input_mean": (inner,)}
             shapes |= {"input_sketch": (inner, k), "gradient_right": (out, k), "gradient_left": (inner, k)}
-        self.now = {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
-        self.total = {name: torch.zeros(shape, device=device) for name, shape in {**shapes, "items": ()}.items()}
+        self.now, self.total = _Sums(shapes, device), _Sums(shapes, device)
 
     @torch.no_grad()
-    def add(self, x: torch.Tensor, g: torch.Tensor) -> None:
-        """Count the positions of x (…, in), or ids (…), and g (…, out)."""
+    def add(self, x: torch.Tensor, g: torch.Tensor, reading: Reading) -> None:
+        """Count the positions of x (…, in), or ids (…), and g (…, out); `reading` is shared by all that read x."""
         if g.device != self.omega.device:  # the model was moved
             self.omega, self.psi = self.omega.to(g.device), self.psi.to(g.device)
-            self.now, self.total = ({k: t.to(g.device) for k, t in sums.items()} for sums in (self.now, self.total))
+            self.now.to(g.device)
+            self.total.to(g.device)
         g = g.reshape(-1, g.shape[-1])
         x = x.reshape(-1) if self.embedding else x.reshape(-1, x.shape[-1])
-        for xs, gs in zip(x.split(_CHUNK), g.split(_CHUNK), strict=True):
-            self._add(xs if self.embedding else xs.float(), gs.float())
-
-    def _add(self, x: torch.Tensor, g: torch.Tensor) -> None:
-        now, squares = self.now, g.square()
-        counts = (squares.sum(1) != 0).float()
-        now["tokens"] += counts.sum()
-        now["outputs"].addmv_(squares.T, counts)
+        now, sizes, sketched = self.now.named, [], self.omega.shape[1] > 0
+        for gs in _pieces(g):
+            squares = gs.square_()
+            sizes.append(squares.sum(1))
+            now["outputs"].add_(squares.sum(0))
+        counts = (torch.cat(sizes) != 0).float()
+        now["tokens"].add_(counts.sum())
         if self.embedding:  # x is one-hot, so x² = x
-            now["inputs"].index_add_(0, x, counts)
-            now["input_mean"].index_add_(0, x, counts)
+            for name in ("inputs", "input_mean")[: 1 + sketched]:
+                now[name].index_add_(0, x, counts)
         else:
-            now["inputs"].addmv_(x.square().T, counts)
-            now["input_mean"].addmv_(x.T, counts)
-        if not self.omega.shape[1]:
-            return
-        projected = self.omega[x] if self.embedding else x @ self.omega
-        now["gradient_right"].addmm_(g.T, projected)
-        for name, rows in (("gradient_left", g @ self.psi), ("input_sketch", projected * counts[:, None])):
-            if self.embedding:
-                now[name].index_add_(0, x, rows)
-            else:
-                now[name].addmm_(x.T, rows)
+            for name, sums in reading.sums(x, counts, mean=sketched).items():
+                now[name].add_(sums)
+        if sketched:
+            self._sketch(x, g, counts)
+
+    def _sketch(self, x: torch.Tensor, g: torch.Tensor, counts: torch.Tensor) -> None:
+        now, rows = self.now.named, _rows(g)
+        for xs, gs, weights in zip(x.split(rows), _pieces(g), counts.split(rows), strict=True):
+            xs = xs if self.embedding else xs.float()
+            projected = self.omega[xs] if self.embedding else xs @ self.omega
+            now["gradient_right"].addmm_(gs.T, projected)
+            for name, values in (("gradient_left", gs @ self.psi), ("input_sketch", projected * weights[:, None])):
+                if self.embedding:
+                    now[name].index_add_(0, xs, values)
+                else:
+                    now[name].addmm_(xs.T, values)
 
     def fold(self, items: float | None, loss_scale: float, decay: float) -> None:
-        """Add the measurement to the total, weighted by its tokens and items."""
-        count = self.now["tokens"] if items is None else items
-        weights = {"outputs": (count / loss_scale) ** 2}
-        weights["gradient_right"] = weights["gradient_left"] = count / loss_scale
-        for name, sums in self.now.items():
-            self.total[name].mul_(decay).add_(sums * weights.get(name, 1.0))
-        self.total["items"].mul_(decay).add_(count)
+        """Add the measurement to the total, weighted by its tokens and items; `now` is used up."""
+        now = self.now.named
+        count = now["tokens"].clone() if items is None else items
+        now["items"].fill_(count)
+        now["outputs"].mul_((count / loss_scale) ** 2)
+        for name in ("gradient_right", "gradient_left"):
+            if name in now:
+                now[name].mul_(count / loss_scale)
+        self.total.flat.mul_(decay).add_(self.now.flat)
 
     def statistics(self) -> LayerStatistics:
-        fields = {"omega": self.omega, "psi": self.psi}
+        fields, total = {"omega": self.omega, "psi": self.psi}, self.total.named
+        absent = {"gradient_right": self.psi, "input_mean": self.omega.flatten()}  # empty where there is no sketch
         for names, count in ((_PER_TOKEN, "tokens"), (_PER_ITEM, "items")):
-            divisor = self.total[count].clamp(min=torch.finfo(torch.float32).tiny)
-            for name in names:  # where there is no sketch, the test matrices are empty
-                like = self.psi if name == "gradient_right" else self.omega
-                fields[name] = self.total.get(name, like) / divisor
+            divisor = total[count].clamp(min=torch.finfo(torch.float32).tiny)
+            for name in names:
+                fields[name] = total.get(name, absent.get(name, self.omega)) / divisor
         return LayerStatistics(**fields)

@@ -24,8 +24,7 @@ class Grow(Squeeze):
     sketch = 4
 
     def measures(self, step: int, total: int) -> bool:
-        first, last = self._span(total)
-        return step < last and step % max(1, min(10, first // 3)) == 0
+        return self._measured(step, total)
 
     def squeeze(self, now: Situation, budget: int) -> dict[str, Change]:
         """Squeeze below the budget by what the growing layers need, then grow them within it."""

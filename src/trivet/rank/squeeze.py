@@ -70,10 +70,12 @@ class Squeeze(Policy):
         return step >= self._span(total)[1]
 
     def measures(self, step: int, total: int) -> bool:
-        """Every 10th step; more often where the run is so short that the first squeeze would know little."""
+        return self.metric == "whitened" and self._measured(step, total)
+
+    def _measured(self, step: int, total: int) -> bool:
+        """Every 10th step until the last squeeze; three times before the first one where the run is short."""
         first, last = self._span(total)
-        every = max(1, min(10, first // 3))
-        return self.metric == "whitened" and step < last and step % every == 0
+        return step < last and step % max(1, min(10, -(-first // 3))) == 0
 
     def allowance(self, step: int, total: int) -> int:
         """The parameters that may be left after `step`: cubic from all to the target."""

@@ -49,7 +49,7 @@ class RankCallback(TrainerCallback):  # type: ignore[misc]
         self.model, self.policy = model, plan_of(model).policy
         self.validation, self.items = validation, items
         self.collector: Collector | None = None
-        #: Seconds spent on measuring (hooks aside), deciding and resizing.
+        #: Seconds spent on measuring, deciding and resizing, known once the ranks are settled.
         self.seconds = 0.0
         self._layers: list[AdaptedLayer] | None = None
         self._parameters: int | None = None
@@ -150,6 +150,7 @@ class RankCallback(TrainerCallback):  # type: ignore[misc]
     def _stop(self) -> None:
         if self.collector is not None:
             self.collector.remove()
+            self.seconds += self.collector.seconds
             self.collector = None
 
     # -- checkpoints -----------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,21 @@ def rank_step(
 
     optimizer.register_step_pre_hook(before)
     optimizer.register_step_post_hook(after)
+    return optimizer
+
+
+def rate_apart(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], learning_rate: float
+) -> torch.optim.Optimizer:
+    """Let `parameters` learn at another rate, in groups at the end that keep the settings of those they leave."""
+    theirs = {id(p) for p in parameters}
+    kept: list[dict[str, Any]] = []
+    apart: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        for groups, inside in ((kept, False), (apart, True)):
+            if chosen := [p for p in group["params"] if (id(p) in theirs) is inside]:
+                groups.append({**group, "params": chosen, **({"lr": learning_rate} if inside else {})})
+    optimizer.param_groups[:] = [*kept, *apart]
     return optimizer
 
 
