@@ -3,7 +3,7 @@
 Each measurement is a process of its own. Compared, and appended to bench/results/plan.jsonl:
 
 - counts: matrix products (torch's FLOP counter), bytes that autograd keeps, bytes of factors, gradients and optimizer,
-  and the process's peak beyond the loaded model, of a training step;
+  and the process's peak beyond the loaded model, of a training step, with freed memory given back and kept;
 - run: a short `trivet train`: what its adapter and its checkpoint hold;
 - times: steps of several sizes in turns; one size says how many FLOP/s are reached, the others are predicted from it;
 - pair: two processes (gloo, on this machine): bytes that DDP and FSDP2 send in a step, and an all-reduce's time;
@@ -44,6 +44,8 @@ CASES = (
 #: rows, length of the timed steps; the first one calibrates.
 TIMED = ((2, 256), (1, 256), (4, 256), (1, 512), (2, 512))
 STEPS = 7
+#: glibc's allocator gives every larger tensor's memory back at once, so that the peak is what tensors take.
+EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 
 
 # -- the children ----------------------------------------------------------------------------------------------
@@ -55,7 +57,8 @@ def loaded(name: str, rank: int, method: str) -> tuple[Any, str]:
     from trivet.allocator import keep_freed_memory
     from trivet.model import load_base
 
-    keep_freed_memory()
+    if not EXACT.keys() <= os.environ.keys():
+        keep_freed_memory()
     encoder = name == "demo-encoder"
     base = load_base(name, task="classification" if encoder else "causal-lm", labels=["a", "b"] if encoder else None)
     return attach(base.model, lora_rank=rank, method=method, task=base.task), base.task
@@ -225,7 +228,7 @@ def child_pair(rank: int, port: int, out: str) -> None:
     mesh, sharded = init_device_mesh("cpu", (2,)), fresh()
     for layer in sharded.base_model.model.model.layers:
         fully_shard(layer, mesh=mesh)
-    fully_shard(sharded, mesh=mesh)
+    fully_shard(sharded, mesh=mesh, reshard_after_forward=True)  # as accelerate does
     facts["fsdp_sent"] = measured(lambda: sharded(input_ids=ids, labels=ids).loss.backward())
 
     seconds: dict[int, float] = {}
@@ -247,8 +250,9 @@ def child_pair(rank: int, port: int, out: str) -> None:
 # -- the parent ------------------------------------------------------------------------------------------------
 
 
-def call(*arguments: Any) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, __file__, "--child", json.dumps(arguments)], capture_output=True, text=True)
+def call(*arguments: Any, **environment: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--child", json.dumps(arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
     if done.returncode:
         raise SystemExit(f"{arguments}: failed\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -284,8 +288,11 @@ def counts() -> None:
             "weights_bytes": trace.weights + 4 * adapter.frozen,
             "peak_beyond_model": adapter.gradients + adapter.optimizer + kept + trace.working,
         }
+        said["peak_with_freed_memory_kept"] = said["peak_beyond_model"]
         case = {"base": name, "rows": rows, "length": length, "rank": rank, "checkpointing": checkpointing}
-        measured = call("counts", name, rows, length, rank, checkpointing, method)
+        asked = "counts", name, rows, length, rank, checkpointing, method
+        measured = call(*asked, **EXACT)
+        measured["peak_with_freed_memory_kept"] = call(*asked)["peak_beyond_model"]
         if checkpointing:  # blocks' inputs are held by the blocks' own frames, which no hook sees
             said["kept_bytes"] = measured["kept_bytes"] = None
         write({"kind": "counts", **case, "method": method, "predicted": said, "measured": measured})
@@ -342,6 +349,7 @@ def pair() -> None:
     for name, shards in (("ddp_sent", 1), ("fsdp_sent", 2)):
         from_each, _ = communication(Setting(2, shards, False), trace, adapter, GPUS["h100-80gb"], 1)
         sent[name] = 2 * sum(from_each.values())
+    sent["fsdp_sent"] += 2 * from_each["gradients"]  # gloo has no reduce-scatter of its own: it reduces all everywhere
     seconds = {int(k): v for k, v in found["all_reduce_seconds"].items()}
     small, large = 2**20, 2**26
     slope = (seconds[large] - seconds[small]) / (large - small)

@@ -15,6 +15,7 @@ QUANTITIES = {
     "gradient_bytes": "gradients",
     "optimizer_bytes": "optimizer",
     "peak_beyond_model": "peak beyond the model",
+    "peak_with_freed_memory_kept": "likewise, freed memory kept",
 }
 
 

@@ -11,8 +11,12 @@ from typing import TYPE_CHECKING, Any
 from trivet.adapter.attach import trainable_parameters
 from trivet.adapter.layers import adapted_layers
 from trivet.adapter.save import Proof
+from trivet.data.marked import pieces
 from trivet.evaluate.measure import Evaluation
 from trivet.memory import peak_memory
+
+#: Characters that are kept of each piece of the row that is shown.
+_SAMPLE = 2000
 
 if TYPE_CHECKING:
     from trivet.run import Prepared
@@ -76,6 +80,7 @@ def build_result(
             "shortened_rows": len(ready.summary.shortened),
             "dropped_rows": len(ready.summary.dropped),
             "skipped_rows": len(splits.train.skipped),
+            "sample": [[text[:_SAMPLE], learned] for text, learned in pieces(ready.train_rows[0], session.tokenizer)],
         },
         "versions": {
             "python": platform.python_version(),

@@ -30,6 +30,7 @@ from trivet.data.encode import Encoded, Summary, encode_dataset
 from trivet.errors import ConfigError, TrivetError
 from trivet.evaluate.measure import Evaluation, Settings, write_predictions
 from trivet.pictures import rank_map, rank_path
+from trivet.report import write_report
 from trivet.result import build_result
 from trivet.runfolder import RunFolder, storage, write_json, write_text
 from trivet.schedule import planned_steps, token_batches
@@ -171,6 +172,7 @@ def train(
         rank_path(result["rank_history"], seen, folder.rank_path)
         _say(console, f"ranks and their path drawn in {folder.rank_map} and {folder.rank_path.name}")
     write_json(folder.result, result)
+    _say(console, f"what was trained and how it went: {write_report(folder.path)}")
     return Outcome(session, result, evaluation)
 
 
