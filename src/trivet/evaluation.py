@@ -42,7 +42,7 @@ def evaluate_adapter(
     finished = folder.result.exists()
     before = folder.read_result() if finished else {}
     session = reopen(path, base_model=base_model)
-    rows, split = _rows(path, folder, session, data)
+    rows, split = rows_of(path, session, data)
     evaluation = session.evaluator(rows.take(max_rows), settings).side_by_side(session.model)
     report: dict[str, Any] = {
         **evaluation.to_dict(),
@@ -69,8 +69,13 @@ def evaluate_adapter(
     return evaluation, written
 
 
-def _rows(path: Path, folder: RunFolder, session: Session, data: str | None) -> tuple[Dataset, str]:
-    task = session.base.task
+def rows_of(path: Path, session: Session, data: str | None) -> tuple[Dataset, str]:
+    """The rows of `data`, else the test or validation rows of the run at `path`, and which these are.
+
+    Raises:
+        ConfigError: none were given, and the folder names none.
+    """
+    folder, task = RunFolder(path), session.base.task
     if data is not None:
         return load_dataset(data, split="test", format=task if task in LABELLED else "auto"), "given"
     if not folder.config.exists():

@@ -19,8 +19,8 @@ from trivet.errors import ConfigError, TrivetError
 
 #: In the order in which `trivet --help` lists them; each is a file of this folder.
 VERBS = (
-    "init", "validate", "plan", "train", "evaluate", "report", "inspect", "compress", "generate", "chat", "merge",
-    "export", "methods",
+    "init", "validate", "plan", "train", "evaluate", "compare", "report", "inspect", "compress", "generate", "chat",
+    "merge", "export", "methods",
 )  # fmt: skip
 
 app = typer.Typer(
