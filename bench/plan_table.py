@@ -44,7 +44,7 @@ def figures(path: Path = RESULTS) -> str:
     if by_kind["pair"]:
         parts += ["### Two processes", "", pair(by_kind["pair"][-1])]
     if by_kind["scale"]:
-        parts += ["### Large models", "", scale(by_kind["scale"]), "", "### Ranks", "", ranks(by_kind["scale"])]
+        parts += ["### Large models", "", scale(by_kind["scale"]), "### Ranks", "", ranks(by_kind["scale"])]
     return "\n".join("" if part == "" else part + ("\n" if part.startswith("|") else "") for part in parts)
 
 

@@ -80,7 +80,7 @@ def build_result(
             "shortened_rows": len(ready.summary.shortened),
             "dropped_rows": len(ready.summary.dropped),
             "skipped_rows": len(splits.train.skipped),
-            "sample": [[text[:_SAMPLE], learned] for text, learned in pieces(ready.train_rows[0], session.tokenizer)],
+            "sample": [[text[:_SAMPLE], learned] for text, learned in _first_row(ready)],
         },
         "versions": {
             "python": platform.python_version(),
@@ -88,3 +88,10 @@ def build_result(
         },
         "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _first_row(ready: Prepared) -> list[tuple[str, bool]]:
+    """The first training row as the model sees it, in pieces that are learned or not."""
+    base = ready.session.base
+    classes = base.labels if base.task == "classification" else None
+    return pieces(ready.train_rows[0], base.tokenizer, classes)

@@ -253,6 +253,7 @@ def test_a_good_run_is_told_nothing(made: Made) -> None:
     [
         ({10: 1.2, 20: 1.0, 40: 1.1}, FALLING, True),
         ({10: 1.2, 20: 1.0, 40: 1.01}, FALLING, False),  # within 2%
+        ({10: 0.9, 20: 0.001, 40: 0.0012}, FALLING, False),  # a fifth of it, but nothing of what was gained
         ({10: 1.2, 20: 1.0, 40: 1.1}, FALLING[::-1], False),  # both rise: that is no overfitting
         ({40: 1.1}, FALLING, False),
     ],
@@ -268,6 +269,7 @@ def test_overfitting(made: Made, validations: dict[int, float], losses: list[flo
         ({20: 1.2, 40: 1.0}, None, True),
         ({20: 1.2, 40: 1.19}, None, False),
         ({10: 0.9, 20: 1.2, 40: 1.0}, None, False),  # it was lower before
+        ({20: 0.0012, 40: 0.001}, FALLING, False),  # a sixth of it, but nothing of what was gained
         ({}, [3.0 - 0.02 * i for i in range(100)], True),
         ({}, [3.0 + (-1) ** i - 0.02 * i for i in range(100)], False),  # within the noise
         ({}, [3.0 - 0.1 * i for i in range(20)], False),  # too few to tell

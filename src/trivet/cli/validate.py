@@ -50,6 +50,4 @@ def marked(row: Encoded, tokenizer: Any) -> str:
     """The row's text with its supervised part between « and »; a label or a target stands behind an arrow."""
     from trivet.data.marked import pieces
 
-    found, labels = pieces(row, tokenizer), row["labels"]
-    apart = not isinstance(labels, list) or len(labels) != len(row["input_ids"]) or all(x >= 0 for x in labels)
-    return (" → " if apart else "").join(f"«{text}»" if learned else text for text, learned in found)
+    return "".join(f"«{text}»" if learned else text for text, learned in pieces(row, tokenizer))

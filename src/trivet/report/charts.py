@@ -103,13 +103,13 @@ def heat_map(
     """
     if not values:
         return Markup('<p class="none">nothing to draw yet</p>')
-    label = min(150, 14 + 7.2 * max(map(len, rows)))
+    label = min(176, 14 + 7.2 * max(map(len, rows)))
     wide, tall = (_WIDE - label - _RIGHT) / len(columns), 22
     high = 8 + tall * len(rows) + 36
     most = max(values.values()) or 1.0
     out = [_open(_WIDE, high, f"{unit} by {across}")]
     for i, name in enumerate(rows):
-        shown = name if len(name) <= 20 else f"…{name[-19:]}"
+        shown = name if len(name) <= 24 else f"…{name[-23:]}"
         out.append(f'<text class="tick end" x="{label - 6:.0f}" y="{8 + tall * i + 15}">{escape(shown)}</text>')
     every = max(1, math.ceil(len(columns) * 26 / (_WIDE - label)))
     for j in range(0, len(columns), every):

@@ -54,12 +54,15 @@ def not_better(run: Run) -> Iterator[Remark]:
 
 
 def overfit(run: Run) -> Iterator[Remark]:
-    """The last validation loss is 2% or more above the best, an earlier one, while the training loss still fell."""
+    """The last validation loss is above the best, an earlier one, by 2% of it and of all that was gained, while the
+    training loss still fell.
+    """
     if len(run.validations) < 2:
         return
     best_step, best = min(run.validations, key=lambda v: v[1])
     last_step, last = run.validations[-1]
-    if last < best * (1 + _NOTABLE):
+    gained = (run.losses[0][1] if run.losses else best) - best
+    if last - best < _NOTABLE * max(best, gained):
         return
     after = [loss for step, loss in run.losses if step > best_step]
     before = [loss for step, loss in run.losses if best_step - len(after) < step <= best_step]
@@ -74,7 +77,8 @@ def overfit(run: Run) -> Iterator[Remark]:
 
 
 def under_trained(run: Run) -> Iterator[Remark]:
-    """The loss still falls at the end: the last validation is the best and 2% below the one before it.
+    """The loss still falls at the end: the last validation is the best, and 2% of it and of all that was gained better
+    than the one before.
 
     Without validations: the mean training loss of the last tenth of the steps is 2% and two standard errors below that
     of the tenth before.
@@ -83,7 +87,9 @@ def under_trained(run: Run) -> Iterator[Remark]:
         return
     if len(run.validations) >= 2:
         (_, before), (step, last) = run.validations[-2:]
-        falling = last == min(loss for _, loss in run.validations) and last < before * (1 - _NOTABLE)
+        gained = (run.losses[0][1] if run.losses else before) - last
+        notable = before - last > _NOTABLE * max(last, gained)
+        falling = last == min(loss for _, loss in run.validations) and notable
         figures = (
             f"The last validation loss, {last:.4g} at step {step}, is the lowest; the one before was {before:.4g}."
         )
