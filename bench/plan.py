@@ -6,7 +6,7 @@ Each measurement is a process of its own. Compared, and appended to bench/result
   and the process's peak beyond the loaded model, of a training step, with freed memory given back and kept;
 - run: a short `trivet train`: what its adapter and its checkpoint hold;
 - times: steps of several sizes in turns; one size says how many FLOP/s are reached, the others are predicted from it;
-- pair: two processes (gloo, on this machine): bytes that DDP and FSDP2 send in a step, and an all-reduce's time;
+- pair: two processes (gloo, on this machine): bytes sent in a step, with and without FSDP2, and an all-reduce's time;
 - scale: no measurement, but what is said of 8B to 405B parameters on up to 1,024 GPUs.
 
 `--table` prints what docs/scale.md shows.
@@ -196,7 +196,6 @@ def child_pair(rank: int, port: int, out: str) -> None:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    from torch.nn.parallel import DistributedDataParallel
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from trivet.adapter.attach import attach, trainable_parameters
@@ -222,14 +221,19 @@ def child_pair(rank: int, port: int, out: str) -> None:
     model = fresh()
     ids = torch.randint(0, 8192, (1, 16))
     facts: dict[str, Any] = {"sizes": sizes, "trained": trainable_parameters(model)}
-    facts["weights_bytes"] = sum(p.numel() * 4 for p in model.parameters() if not p.requires_grad)
-    ddp = DistributedDataParallel(model)
-    facts["ddp_sent"] = measured(lambda: ddp(input_ids=ids, labels=ids).loss.backward())
+    inside = [p for layer in model.base_model.model.model.layers for p in layer.parameters() if not p.requires_grad]
+    facts["block_bytes"] = sum(p.numel() * 4 for p in inside)
+
+    def work(adapted: Any) -> None:  # as trivet's Trainer: gradients are summed in one piece, after the backward pass
+        adapted(input_ids=ids, labels=ids).loss.backward()
+        dist.all_reduce(torch.cat([p.grad.flatten() for p in adapted.parameters() if p.requires_grad]))
+
+    facts["data_parallel_sent"] = measured(lambda: work(model))
     mesh, sharded = init_device_mesh("cpu", (2,)), fresh()
+    learned = {p for p in sharded.parameters() if p.requires_grad}
     for layer in sharded.base_model.model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(sharded, mesh=mesh, reshard_after_forward=True)  # as accelerate does
-    facts["fsdp_sent"] = measured(lambda: sharded(input_ids=ids, labels=ids).loss.backward())
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=learned)
+    facts["fsdp_sent"] = measured(lambda: work(sharded))
 
     seconds: dict[int, float] = {}
     for mega in (1, 4, 16, 64):
@@ -329,8 +333,7 @@ def run() -> None:
 def pair() -> None:
     from types import SimpleNamespace
 
-    from trivet.scale.engines import Setting, communication
-    from trivet.scale.machines import GPUS
+    from trivet.scale.engines import Setting, traffic
 
     with socket.socket() as free, tempfile.TemporaryDirectory() as place:
         free.bind(("127.0.0.1", 0))
@@ -342,14 +345,12 @@ def pair() -> None:
         if any(child.wait(600) for child in both):
             raise SystemExit("pair: a process failed")
         found = json.loads(Path(out).read_text())
-    numbers, blocks = found["trained"], found["sizes"]["num_hidden_layers"]
-    trace: Any = SimpleNamespace(weights=found["weights_bytes"], blocks=blocks)
-    adapter: Any = SimpleNamespace(gradients=4 * numbers, factors=4 * numbers)
-    sent = {}
-    for name, shards in (("ddp_sent", 1), ("fsdp_sent", 2)):
-        from_each, _ = communication(Setting(2, shards, False), trace, adapter, GPUS["h100-80gb"], 1)
-        sent[name] = 2 * sum(from_each.values())
-    sent["fsdp_sent"] += 2 * from_each["gradients"]  # gloo has no reduce-scatter of its own: it reduces all everywhere
+    trace: Any = SimpleNamespace(weights=found["block_bytes"], outer_weights=0)
+    adapter: Any = SimpleNamespace(gradients=4 * found["trained"])
+    sent = {
+        name: 2 * sum(traffic(Setting(2, sharded, False), trace, adapter, 1).values())
+        for name, sharded in (("data_parallel_sent", False), ("fsdp_sent", True))
+    }
     seconds = {int(k): v for k, v in found["all_reduce_seconds"].items()}
     small, large = 2**20, 2**26
     slope = (seconds[large] - seconds[small]) / (large - small)
@@ -357,8 +358,8 @@ def pair() -> None:
         "kind": "pair",
         "predicted": sent | {"all_reduce_seconds": {k: seconds[small] + slope * (k - small) for k in seconds}},
         "measured": {k: min(found[k]) for k in sent} | {"all_reduce_seconds": seconds},
-        "trained": numbers,
-        "weights_bytes": found["weights_bytes"],
+        "trained": found["trained"],
+        "block_bytes": found["block_bytes"],
     })  # fmt: skip
 
 
@@ -369,14 +370,14 @@ def scale() -> None:
 
     for model, counted in (("llama-3.1-8b", (1, 8, 64, 1024)), ("llama-3.1-70b", (1, 8, 64, 1024)),
                            ("llama-3.1-405b", (8, 64, 256, 1024))):  # fmt: skip
-        values = {"model.name": model, "method": "trivet", "data.max_length": 2048, "training.batch_size": 4,
+        values = {"model.name": model, "method": "trivet", "data.max_length": 2048, "training.batch_size": 2,
                   "training.max_steps": 1000}  # fmt: skip
         for gpus in counted:
             found = plan(load(values=values), gpus=gpus)
             c = found.chosen
             chosen = c and {
                 "setting": c.setting.name, "checkpointing": c.setting.checkpointing, "gb": c.total / 1e9,
-                "compute": c.compute, "communication": c.communication, "rate": c.rate,
+                "compute": c.compute, "gathering": c.gathering, "reducing": c.reducing, "rate": c.rate,
                 "sent_gb": sum(c.sent.values()) / 1e9, "held": c.held, "sent": c.sent,
             }  # fmt: skip
             write({

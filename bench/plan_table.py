@@ -99,7 +99,10 @@ def pair(row: dict[str, Any]) -> str:
     said, seen = row["predicted"], row["measured"]
     cells = [
         [name, f"{seen[key] / 1e6:,.1f} MB", f"{said[key] / 1e6:,.1f} MB", ratio(said[key], seen[key])]
-        for key, name in (("ddp_sent", "sent in a step by both, DDP"), ("fsdp_sent", "sent in a step by both, FSDP2"))
+        for key, name in (
+            ("data_parallel_sent", "sent in a step by both, data parallel"),
+            ("fsdp_sent", "sent in a step by both, FSDP2"),
+        )
     ]
     sizes = list(seen["all_reduce_seconds"])
     for size in sizes:
@@ -116,7 +119,7 @@ def scale(rows: list[dict[str, Any]]) -> str:
         first = [row["model"], f"{row['gpus']:,}"]
         if c is None:
             least, would = row["least_gb"], row["fewest"]
-            cells.append([*first, f"nothing fits ({least:,.0f} GB at least; {would} GPUs would do)", *[""] * 6])
+            cells.append([*first, f"nothing fits ({least:,.0f} GB at least; {would} GPUs would do)", *[""] * 7])
             continue
         cells.append([
             *first,
@@ -124,11 +127,12 @@ def scale(rows: list[dict[str, Any]]) -> str:
             "yes" if c["checkpointing"] else "no",
             f"{c['gb']:,.0f}",
             f"{c['compute']:,.3g}",
-            f"{c['communication']:,.2g}",
+            f"{c['gathering']:,.2g}",
+            f"{c['reducing']:,.2g}",
             f"{c['sent_gb']:,.3g}",
             f"{c['rate']:,.0f}",
         ])  # fmt: skip
-    figures = ["GB a GPU", "computing, s", "sending, s", "GB sent a GPU", "tokens/s"]
+    figures = ["GB a GPU", "computing, s", "gathering, s", "summing, s", "GB sent a GPU", "tokens/s"]
     return table(["model", "GPUs", "use", "checkpointing", *figures], cells)
 
 

@@ -24,8 +24,8 @@ from trivet.errors import ConfigError
 from trivet.loss import training_loss
 from trivet.methods import METHODS, find_method
 from trivet.scale.adapter import AdapterSize, adapter_size, state_bytes
-from trivet.scale.engines import Cost, Setting, best, communication
-from trivet.scale.engines import settings as all_settings
+from trivet.scale.engines import Cost, Setting, best, cost, traffic
+from trivet.scale.engines import settings as offered
 from trivet.scale.machines import GPUS
 from trivet.scale.plan import plan, task_of
 from trivet.scale.shapes import PUBLIC, public_shape
@@ -187,35 +187,47 @@ def test_a_shared_core_is_refused() -> None:
 # -- what is sent ------------------------------------------------------------------------------------------------------
 
 
-def sent(shards: int, gpus: int, accumulation: int = 1) -> dict[str, int]:
-    counts: Any = SimpleNamespace(weights=1_000_000, blocks=4)
-    return communication(Setting(gpus, shards, False), counts, AdapterSize(100, 0, 800, 100), H100, accumulation)[0]
+def sent(gpus: int, sharded: bool = False, accumulation: int = 1) -> dict[str, int]:
+    counts: Any = SimpleNamespace(weights=1_000_000, outer_weights=200_000, blocks=4)
+    return traffic(Setting(gpus, sharded, False), counts, AdapterSize(100, 0, 800, 100), accumulation)
 
 
-def test_ddp_sends_the_adapters_gradients_once_whatever_the_accumulation() -> None:
-    assert sent(1, 1) == {}
-    assert sent(1, 4) == sent(1, 4, 8) == {"gradients": 600}  # 2 (4 - 1) / 4 of 400 bytes
+def test_data_parallel_sends_the_adapters_gradients_once_whatever_the_accumulation() -> None:
+    assert sent(1) == {}
+    assert sent(4) == sent(4, accumulation=8) == {"gradients": 600}  # 2 (4 - 1) / 4 of 400 bytes
 
 
-def test_fsdp_gathers_the_weights_twice_a_micro_step_and_reduces_the_adapter_alone() -> None:
-    assert sent(4, 4) == {"weights": 2 * 3 * 1_000_400 // 4, "gradients": 300}
-    assert sent(4, 4, 3)["weights"] == 3 * sent(4, 4)["weights"]
-    assert sent(4, 16)["gradients"] == 300 + 2 * 3 * 100 // 4  # and a quarter of them over the four copies
+def test_fsdp_gathers_the_blocks_twice_a_micro_step_and_sums_the_adapter_alone() -> None:
+    assert sent(4, True) == {"weights": 2 * 3 * 800_000 // 4, "gradients": 600}
+    assert sent(4, True, 3)["weights"] == 3 * sent(4, True)["weights"]
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 10), st.booleans())
-def test_more_shards_hold_less(power: int, checkpointing: bool) -> None:
-    offered = [s for s in all_settings(2**power, H100) if s.checkpointing == checkpointing]
-    assert [s.shards for s in offered] == sorted({s.shards for s in offered})
-    assert all(s.shards * s.copies == 2**power for s in offered)
-    assert offered[0].shards == 1
-    assert offered[-1].shards == 2**power
+def test_what_is_offered_is_what_trivet_does() -> None:
+    assert [(s.name, s.checkpointing) for s in offered(1)] == [("one GPU", False), ("one GPU", True)]
+    assert [s.name for s in offered(16)] == ["data parallel", "FSDP2"] * 2
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 12), st.booleans())
+def test_more_gpus_hold_less_of_the_weights_and_as_much_of_the_rest(power: int, checkpointing: bool) -> None:
+    counts = llama()
+    adapter = AdapterSize(1000, 0, 8000, 1000)
+
+    def of(gpus: int) -> Cost:
+        setting = Setting(gpus, True, checkpointing)
+        return cost(setting, counts, adapter, H100, rows=2, accumulation=1, mfu=0.4)
+
+    few, many = of(2**power), of(2 ** (power + 1))
+    assert few.held["weights"] > many.held["weights"] >= counts.outer_weights
+    assert few.held | {"weights": 0} == many.held | {"weights": 0}
+    assert few.compute == many.compute
+    assert few.tokens * 2 == many.tokens
+    assert few.step <= few.longest
 
 
 def test_the_fastest_that_fits_is_chosen_and_of_equals_the_simplest() -> None:
-    def of(shards: int, seconds: float, fits: bool) -> Cost:
-        return Cost(Setting(8, shards, False), {}, {}, seconds, 0.0, fits, tokens=100, room=1)
+    def of(gpus: int, seconds: float, fits: bool) -> Cost:
+        return Cost(Setting(gpus, True, False), {}, {}, seconds, 0.0, 0.0, fits, tokens=100, room=1)
 
     slow, fast, near, faster = of(1, 3.0, True), of(2, 1.0, True), of(4, 0.99, True), of(8, 0.1, False)
     assert best([slow, fast, near, faster]) is fast
@@ -232,7 +244,7 @@ def config_of(model: str, **values: Any) -> Config:
 def test_what_fits_one_gpu_is_run_on_one(tiny: Any) -> None:
     found = plan(config_of(str(tiny("llama"))))
     assert found.chosen is not None
-    assert found.chosen.setting == Setting(1, 1, False)
+    assert found.chosen.setting == Setting(1, False, False)
     assert found.ranks is None
     real = attach(tiny_model("llama", 420), lora_rank=8)
     assert found.adapter.trained == sum(p.numel() for p in real.parameters() if p.requires_grad)
@@ -251,9 +263,9 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_model_that_is_too_large_for_a_gpu_is_sharded(wide: Path) -> None:
     copies, shards = (plan(config_of(str(wide)), gpus=8, gpu=gpu).chosen for gpu in ("h100-80gb", "a100-40gb"))
     assert copies is not None
-    assert copies.setting == Setting(8, 1, False)
+    assert copies.setting == Setting(8, False, False)
     assert shards is not None
-    assert shards.setting == Setting(8, 8, False)
+    assert shards.setting == Setting(8, True, False)
     assert shards.total < copies.total
 
 
@@ -276,8 +288,8 @@ def test_squeezing_shrinks_what_is_sent(tiny: Any) -> None:
 
 def test_it_says_what_to_use(tiny: Any) -> None:
     out = trivet("plan", f"model.name={tiny('llama')}", "method=trivet", "--gpus", "16").stdout
-    assert "Use DDP (one copy of the weights a GPU) with training.gradient_checkpointing: false" in out
-    assert "FSDP2 8 x 2" in out
+    assert "Use data parallel (a copy on each GPU) with training.gradient_checkpointing: false" in out
+    assert "FSDP2" in out
     assert "Ranks change at most" in out
 
 
@@ -286,7 +298,7 @@ def test_it_says_what_would_do_where_nothing_fits(wide: Path) -> None:
     out = trivet(*arguments).stdout
     assert "Nothing fits" in out
     assert "4 GPUs would do." in out
-    assert "Use FSDP2 4 (4 GPUs share one copy)" in trivet(*arguments, "--gpus", "4").stdout
+    assert "Use FSDP2 (4 GPUs share one copy of the weights)" in trivet(*arguments, "--gpus", "4").stdout
 
 
 @pytest.mark.parametrize(

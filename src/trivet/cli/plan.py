@@ -65,7 +65,7 @@ def _row(c: Cost) -> tuple[str, ...]:
         f"{c.total / 1e9:,.1f}",
         "yes" if c.fits else "no",
         f"{c.compute:,.3g} s",
-        f"{c.communication:,.2g} s",
+        f"{c.gathering + c.reducing:,.2g} s",
         f"{c.rate:,.0f}" if c.fits else "",
         size(sum(c.sent.values())),
     )
@@ -83,18 +83,20 @@ def advice(found: Plan) -> list[str]:
         return lines
     c = found.chosen
     switch = f"training.gradient_checkpointing: {str(c.setting.checkpointing).lower()}"
-    how = {1: "one copy of the weights a GPU"}.get(c.setting.shards, f"{c.setting.shards:,} GPUs share one copy")
+    how = f" ({found.gpus:,} GPUs share one copy of the weights)" if c.setting.sharded else " (a copy on each GPU)"
+    how = how if found.gpus > 1 else ""
     room = f"room for {c.room:,} rows in place of {found.rows:,}"
-    lines = [f"Use {c.setting.name} ({how}) with {switch}: {c.total / 1e9:,.1f} GB a GPU, {room}."]
-    spread = f"{c.step:,.3g}" if c.longest < 1.01 * c.step else f"{c.step:,.3g} to {c.longest:,.3g}"
+    lines = [f"Use {c.setting.name}{how} with {switch}: {c.total / 1e9:,.1f} GB a GPU, {room}."]
+    hidden = " (gathering hidden behind computing, or not)" if c.longest > 1.01 * c.step else ""
+    spread = f"{c.step:,.3g} to {c.longest:,.3g} s{hidden}" if hidden else f"{c.step:,.3g} s"
     hours = f"; {found.steps:,} steps in {found.steps * c.step / 3600:,.3g} hours" if found.steps else ""
-    lines.append(f"A step takes {spread} s (communication hidden, or not), {c.rate:,.0f} tokens/s{hours}.")
+    lines.append(f"A step takes {spread}, {c.rate:,.0f} tokens/s{hours}.")
     plain = max((x for x in found.costs if not x.setting.checkpointing), key=lambda x: x.room)
     if c.setting.checkpointing and plain.room:
         lines.append(
             f"Without checkpointing batch_size {plain.room} fits ({plain.setting.name}): with more "
             f"gradient_accumulation_steps the same rows take {plain.compute / c.compute:.0%} of the computing"
-            f"{', and weights are gathered as many times more' if plain.setting.shards > 1 else ''}."
+            f"{', and weights are gathered as many times more' if plain.setting.sharded else ''}."
         )
     return lines
 
@@ -123,11 +125,6 @@ def traffic(found: Plan) -> list[str]:
         f"step {ends}. What it costs: {ranks.measured:,} steps sum {size(ranks.moments)} of second moments over the "
         f"processes, and a decision is {size(ranks.decision)}."
     )
-    if found.gpus > 1:
-        lines.append(
-            "After a change DDP lays its buckets out anew; it must not send the frozen weights again "
-            f"({size(found.trace.weights)}) as its constructor does by itself."
-        )
     return lines
 
 

@@ -19,27 +19,20 @@ class Setting:
     """A way of spreading a run.
 
     Attributes:
-        gpus: all of them.
-        shards: GPUs that share one copy of the weights; 1 for DDP and for one GPU.
+        gpus: all of them; each takes its share of the rows.
+        sharded: whether the blocks' frozen weights are shared out over them (FSDP2); else each has a copy.
         checkpointing: whether activations are computed again in the backward pass.
     """
 
     gpus: int
-    shards: int
+    sharded: bool
     checkpointing: bool
-
-    @property
-    def copies(self) -> int:
-        """Copies of the weights."""
-        return self.gpus // self.shards
 
     @property
     def name(self) -> str:
         if self.gpus == 1:
             return "one GPU"
-        if self.shards == 1:
-            return "DDP"
-        return f"FSDP2 {self.shards:,}" + (f" x {self.copies:,}" if self.copies > 1 else "")
+        return "FSDP2" if self.sharded else "data parallel"
 
 
 @dataclass(frozen=True)
@@ -50,7 +43,8 @@ class Cost:
         held: bytes by what for.
         sent: bytes that leave each GPU in an optimizer step, by what for.
         compute: seconds of an optimizer step's matrix products.
-        communication: seconds of a step's collectives, were they alone.
+        gathering: seconds of gathering weights, were it alone.
+        reducing: seconds of summing the adapter's gradients, once a step, after the last backward pass.
         fits: whether `held` is at most the usable memory.
         tokens: of a step, on all GPUs.
         room: rows of a micro-batch that would fit.
@@ -60,7 +54,8 @@ class Cost:
     held: dict[str, int]
     sent: dict[str, int]
     compute: float
-    communication: float
+    gathering: float
+    reducing: float
     fits: bool
     tokens: int
     room: int
@@ -72,13 +67,13 @@ class Cost:
 
     @property
     def step(self) -> float:
-        """Seconds of an optimizer step where communication hides behind computing as far as it can."""
-        return max(self.compute, self.communication)
+        """Seconds of an optimizer step where gathering hides behind computing as far as it can."""
+        return max(self.compute, self.gathering) + self.reducing
 
     @property
     def longest(self) -> float:
         """Seconds of an optimizer step where nothing hides."""
-        return self.compute + self.communication
+        return self.compute + self.gathering + self.reducing
 
     @property
     def rate(self) -> float:
@@ -96,54 +91,54 @@ def cost(
         accumulation: micro-steps of an optimizer step.
         mfu: share of the GPU's peak that the counted products reach while they run.
     """
-    k = setting.shards
     activations = trace.activations(setting.checkpointing)
-    held = {"weights": -(-trace.weights // k)}
-    if k > 1:  # what is gathered: the block under way, the next one, and for the whole step what is outside of blocks
-        held["gathered weights"] = min(2 * trace.block_weights + trace.outer_weights, trace.weights)
-    held |= {"adapter": -(-adapter.factors // k), "gradients": -(-adapter.gradients // k)}
-    held |= {"optimizer": -(-adapter.optimizer // k), "activations": activations}
+    if setting.sharded:  # and gathered: the block under way and the next one
+        inside = trace.weights - trace.outer_weights
+        held = {
+            "weights": trace.outer_weights + -(-inside // setting.gpus),
+            "gathered weights": min(2 * trace.block_weights, inside),
+        }
+    else:
+        held = {"weights": trace.weights}
+    held |= {"adapter": adapter.factors, "gradients": adapter.gradients, "optimizer": adapter.optimizer}
     usable = USABLE * gpu.memory
-    fixed = sum(held.values()) - activations
-    per_row = (activations - trace.working) / rows
-    sent, seconds = communication(setting, trace, adapter, gpu, accumulation)
+    room = usable - sum(held.values()) - trace.working
+    held["activations"] = activations
+    sent = traffic(setting, trace, adapter, accumulation)
+    gathering, reducing = seconds(setting, trace, sent, gpu, accumulation)
     return Cost(
         setting=setting,
         held=held,
         sent=sent,
         compute=accumulation * trace.flops(setting.checkpointing) / (mfu * gpu.flops),
-        communication=seconds,
+        gathering=gathering,
+        reducing=reducing,
         fits=sum(held.values()) <= usable,
         tokens=trace.tokens * accumulation * setting.gpus,
-        room=max(0, int((usable - fixed - trace.working) / per_row)),
+        room=max(0, int(room * rows / (activations - trace.working))),
     )
 
 
-def communication(
-    setting: Setting, trace: Trace, adapter: AdapterSize, gpu: Gpu, accumulation: int
-) -> tuple[dict[str, int], float]:
-    """Bytes that leave each GPU in an optimizer step by what for, and the collectives' seconds.
+def traffic(setting: Setting, trace: Trace, adapter: AdapterSize, accumulation: int) -> dict[str, int]:
+    """Bytes that leave each GPU in an optimizer step, by what for.
 
     Sharded weights are gathered twice a micro-step, for the forward and for the backward pass. Frozen weights have no
-    gradients, so only the adapter's are reduced, once a step.
+    gradients, so only the adapter's are summed, once a step.
     """
-    k, copies = setting.shards, setting.copies
-    sent: dict[str, int] = {}
-    seconds = 0.0
-    if k > 1:
-        passes = 2 * accumulation
-        share = (k - 1) / k
-        sent["weights"] = int(passes * share * (trace.weights + adapter.factors))
-        sent["gradients"] = int(share * adapter.gradients)
-        collectives = passes * (trace.blocks + 1) + trace.blocks
-        seconds += (sent["weights"] + sent["gradients"]) / ring_speed(k, gpu) + collectives * (k - 1) * HOP
-    if copies > 1:
-        reduced = int(2 * (copies - 1) / copies * adapter.gradients / k)
-        sent["gradients"] = sent.get("gradients", 0) + reduced
-        one_each = REACHED * (gpu.link if setting.gpus <= gpu.in_machine else gpu.network)
-        speed = ring_speed(copies, gpu) if k == 1 else one_each
-        seconds += reduced / speed + 2 * math.ceil(math.log2(copies)) * HOP
-    return sent, seconds
+    others = (setting.gpus - 1) / setting.gpus
+    sent = {}
+    if setting.sharded:
+        sent["weights"] = int(2 * accumulation * others * (trace.weights - trace.outer_weights))
+    if setting.gpus > 1:
+        sent["gradients"] = int(2 * others * adapter.gradients)
+    return sent
+
+
+def seconds(setting: Setting, trace: Trace, sent: dict[str, int], gpu: Gpu, accumulation: int) -> tuple[float, float]:
+    """Of gathering weights, and of summing gradients, in an optimizer step."""
+    speed, collectives = ring_speed(setting.gpus, gpu), 2 * accumulation * trace.blocks if setting.sharded else 0
+    gathering = sent.get("weights", 0) / speed + collectives * (setting.gpus - 1) * HOP
+    return gathering, sent.get("gradients", 0) / speed + 2 * math.ceil(math.log2(setting.gpus)) * HOP
 
 
 def ring_speed(members: int, gpu: Gpu) -> float:
@@ -153,17 +148,13 @@ def ring_speed(members: int, gpu: Gpu) -> float:
     return REACHED * min(gpu.link, gpu.network * gpu.in_machine)
 
 
-def settings(gpus: int, gpu: Gpu) -> list[Setting]:
-    """What is worth comparing: one copy a GPU, one a machine, one in some machines, one in all; the simplest first."""
-    shards = [1]
-    size = min(gpu.in_machine, gpus)
-    while 1 < size <= gpus:
-        if gpus % size == 0:
-            shards.append(size)
-        size *= 2
-    if gpus > 1 and gpus not in shards:
-        shards.append(gpus)
-    return [Setting(gpus, k, checkpointing) for checkpointing in (False, True) for k in shards]
+def settings(gpus: int) -> list[Setting]:
+    """What trivet offers, the simplest first."""
+    return [
+        Setting(gpus, sharded, checkpointing)
+        for checkpointing in (False, True)
+        for sharded in ((False, True) if gpus > 1 else (False,))
+    ]
 
 
 def best(costs: list[Cost]) -> Cost | None:

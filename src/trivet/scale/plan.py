@@ -131,7 +131,7 @@ def plan(
     def on(count: int) -> list[Cost]:
         return [
             cost(setting, counted, size, machine, rows=rows, accumulation=accumulation, mfu=mfu)
-            for setting in settings(count, machine)
+            for setting in settings(count)
         ]
 
     costs = on(gpus)
