@@ -1,4 +1,4 @@
-"""The generated parts of docs/evidence.md, docs/speed.md and README.md, from the recorded results.
+"""The generated parts of docs/evidence.md, docs/scale.md, docs/speed.md and README.md, from the recorded results.
 
 `python bench/page.py` renews them.
 """
@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import auto
+import plan_table
 import quality
 from quality_table import read, table
 from quality_tasks import CANDIDATES, TASKS
@@ -17,6 +18,7 @@ from speed_table import table as speed_table
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "evidence.md"
+SCALE = HERE.parent / "docs" / "scale.md"
 SPEED = HERE.parent / "docs" / "speed.md"
 README = HERE.parent / "README.md"
 MARK = "## Figures\n"
@@ -70,6 +72,7 @@ def renewed() -> dict[Path, str]:
         raise SystemExit(f"{README} has no part between {BEGIN!r} and {END!r}")
     return {
         PAGE: _before(PAGE) + figures(),
+        SCALE: _before(SCALE) + f"\n{plan_table.figures()}",
         SPEED: _before(SPEED) + f"\n{speed_table(speed_lines())}\n",
         README: readme + BEGIN + f"\n{brief(speed_lines())}\n\n" + END + after,
     }

@@ -71,7 +71,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_folder_holds_exactly_what_is_documented(done: Path) -> None:
     assert {path.name for path in (done / "runs/first").iterdir()} == {
-        "config.yaml", "adapter", "checkpoints", "log.jsonl", "result.json", "predictions.jsonl",
+        "config.yaml", "adapter", "checkpoints", "log.jsonl", "result.json", "predictions.jsonl", "report.html",
     }  # fmt: skip
     assert {path.name for path in (done / "runs/first/adapter").iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "trivet.json", "tokenizer.json", "tokenizer_config.json",
@@ -118,7 +118,7 @@ def test_the_result_says_what_was_measured_and_with_what(done: Path) -> None:
     }  # fmt: skip
     assert set(result["data"]) == {
         "format", "rows", "fingerprints", "tokens", "supervised_tokens", "shortened_rows", "dropped_rows",
-        "skipped_rows",
+        "skipped_rows", "sample",
     }  # fmt: skip
     assert result["data"]["rows"] == {"train": 38, "validation": 2, "test": 4}
     assert result["data"]["format"] == "prompt-completion"
@@ -167,6 +167,7 @@ def test_evaluating_again_keeps_the_earlier_figures(
     assert written == [
         Path("runs/first/result.json"),
         Path("runs/first/predictions.jsonl"),
+        Path("runs/first/report.html"),
         tmp_path / "deep/report.json",
     ]
     after = json.loads(Path("runs/first/result.json").read_text())

@@ -10,6 +10,7 @@ from trivet.configio import load as load_config
 from trivet.data.dataset import Dataset, load_dataset
 from trivet.errors import ConfigError
 from trivet.evaluate.measure import Evaluation, Settings, write_predictions
+from trivet.report import write_report
 from trivet.runfolder import RunFolder, storage, write_json, write_text
 from trivet.session import LABELLED, Session, reopen
 from trivet.splits import load_splits
@@ -41,7 +42,7 @@ def evaluate_adapter(
     finished = folder.result.exists()
     before = folder.read_result() if finished else {}
     session = reopen(path, base_model=base_model)
-    rows, split = _rows(path, folder, session, data)
+    rows, split = rows_of(path, session, data)
     evaluation = session.evaluator(rows.take(max_rows), settings).side_by_side(session.model)
     report: dict[str, Any] = {
         **evaluation.to_dict(),
@@ -59,6 +60,7 @@ def evaluate_adapter(
         if evaluation.predictions:
             write_text(folder.predictions, write_predictions(evaluation.predictions))
             written.append(folder.predictions)
+        written.append(write_report(path))
     if output is not None:
         with storage(f"--output {output}"):
             output.parent.mkdir(parents=True, exist_ok=True)
@@ -67,8 +69,13 @@ def evaluate_adapter(
     return evaluation, written
 
 
-def _rows(path: Path, folder: RunFolder, session: Session, data: str | None) -> tuple[Dataset, str]:
-    task = session.base.task
+def rows_of(path: Path, session: Session, data: str | None) -> tuple[Dataset, str]:
+    """The rows of `data`, else the test or validation rows of the run at `path`, and which these are.
+
+    Raises:
+        ConfigError: none were given, and the folder names none.
+    """
+    folder, task = RunFolder(path), session.base.task
     if data is not None:
         return load_dataset(data, split="test", format=task if task in LABELLED else "auto"), "given"
     if not folder.config.exists():

@@ -27,7 +27,7 @@ def speed_up(model: Any) -> None:
         model.set_attn_implementation(ATTENTION)
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and _eps(module) is not None and _is_rms_norm(module):
-            module.forward = types.MethodType(_norm, module)
+            module.forward = types.MethodType(fused_norm, module)
 
 
 def _attend(
@@ -69,7 +69,8 @@ AttentionInterface.register(ATTENTION, _attend)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
-def _norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+def fused_norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """The forward pass of an RMS norm that was replaced."""
     learns = torch.is_grad_enabled() and hidden_states.requires_grad  # else it is to the bit as without an adapter
     if not learns or self.weight.requires_grad:
         return type(self).forward(self, hidden_states)

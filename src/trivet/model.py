@@ -93,7 +93,7 @@ def load_base(
     """
     if not name:
         raise ConfigError(_NO_NAME)
-    where, gguf = _locate(name)
+    where, gguf = locate(name)
     target = pick_device(device)
     kind = pick_dtype(dtype, target)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -101,7 +101,7 @@ def load_base(
         options["revision"] = revision
     if gguf:
         options["gguf_file"] = gguf
-    with _explained(name), quiet():
+    with explained(name), quiet():
         from transformers import AutoConfig, AutoTokenizer
 
         config = AutoConfig.from_pretrained(where, **options)
@@ -143,10 +143,10 @@ def check_base(name: str | None) -> None:
     if not name:
         raise ConfigError(_NO_NAME)
     if name not in DEMO_MODELS:
-        _locate(name)
+        locate(name)
 
 
-def _locate(name: str) -> tuple[str, str | None]:
+def locate(name: str) -> tuple[str, str | None]:
     """(what transformers is given, the GGUF file's name in it or None)."""
     if name in DEMO_MODELS and not Path(name).is_dir():
         return str(demo_path(name)), None
@@ -260,7 +260,7 @@ def _forget_gguf(model: Any) -> None:
 
 
 @contextlib.contextmanager
-def _explained(name: str) -> Iterator[None]:
+def explained(name: str) -> Iterator[None]:
     """Loading errors of the libraries below, as one message with a reason."""
     import pickle
     import struct

@@ -13,8 +13,12 @@ import torch
 from trivet.adapter.attach import trainable_parameters
 from trivet.adapter.layers import adapted_layers
 from trivet.adapter.save import Proof
+from trivet.data.marked import pieces
 from trivet.evaluate.measure import Evaluation
 from trivet.memory import peak_memory
+
+#: Characters that are kept of each piece of the row that is shown.
+_SAMPLE = 2000
 
 if TYPE_CHECKING:
     from trivet.prepare import Prepared
@@ -81,6 +85,7 @@ def build_result(
             "shortened_rows": len(ready.summary.shortened),
             "dropped_rows": len(ready.summary.dropped),
             "skipped_rows": len(splits.train.skipped),
+            "sample": [[text[:_SAMPLE], learned] for text, learned in _first_row(ready)],
         },
         "versions": {
             "python": platform.python_version(),
@@ -95,3 +100,10 @@ def breaks_determinism(device: torch.device) -> list[str]:
     if device.type == "cpu" or torch.are_deterministic_algorithms_enabled():
         return []
     return [f"kernels on {device.type} add in no fixed order; torch.use_deterministic_algorithms(True) forbids those"]
+
+
+def _first_row(ready: Prepared) -> list[tuple[str, bool]]:
+    """The first training row as the model sees it, in pieces that are learned or not."""
+    base = ready.session.base
+    classes = base.labels if base.task == "classification" else None
+    return pieces(ready.train_rows[0], base.tokenizer, classes)

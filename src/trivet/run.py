@@ -30,6 +30,7 @@ from trivet.evaluate.measure import Evaluation, Settings, write_predictions
 from trivet.lock import releasing
 from trivet.pictures import rank_map, rank_path
 from trivet.prepare import Prepared, prepare, say
+from trivet.report import write_report
 from trivet.result import build_result
 from trivet.resuming import check_data, check_same
 from trivet.runfolder import RunFolder, storage, write_json, write_text
@@ -190,6 +191,7 @@ def _measure(
         rank_path(result["rank_history"], seen, folder.rank_path)
         say(console, f"ranks and their path drawn in {folder.rank_map} and {folder.rank_path.name}")
     write_json(folder.result, result)
+    say(console, f"what was trained and how it went: {write_report(folder.path)}")
     lost = [str(problem) for problem in (log_callback.unwritten, trainer.unsaved) if problem]
     if lost:
         raise StorageError(f"run {folder.path}: the adapter and the result are whole, but on the way {'; '.join(lost)}")

@@ -58,6 +58,10 @@ class RunFolder:
     def rank_path(self) -> Path:
         return self.path / "rank_path.png"
 
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
     def check_free(self, *, resume: bool, overwrite: bool) -> None:
         """Refuse to touch what is there, unless asked to; looks only, changes nothing.
 
@@ -102,7 +106,7 @@ class RunFolder:
         for folder in (self.adapter, self.checkpoints):
             if folder.exists():
                 shutil.rmtree(folder)
-        for file in (self.config, self.log, self.result, self.predictions, self.rank_map, self.rank_path):
+        for file in (self.config, self.log, self.result, self.predictions, self.rank_map, self.rank_path, self.report):
             file.unlink(missing_ok=True)
         if self.path.is_dir() and not any(self.path.iterdir()):
             self.path.rmdir()

@@ -118,7 +118,7 @@ def test_validate_shows_what_is_learned_and_writes_nothing(shop: Path) -> None:
 def test_train_makes_the_run_folder(shop: Path) -> None:
     run = shop / "runs" / "first"
     assert {p.name for p in run.iterdir()} == {
-        "adapter", "checkpoints", "config.yaml", "log.jsonl", "predictions.jsonl", "result.json",
+        "adapter", "checkpoints", "config.yaml", "log.jsonl", "predictions.jsonl", "report.html", "result.json",
     }  # fmt: skip
     assert load(run / "config.yaml") == load(shop / "config.yaml", OVERRIDES)
     result = json.loads((run / "result.json").read_text(encoding="utf-8"))

@@ -42,7 +42,8 @@ class FastLinear(lora.Linear):  # type: ignore[misc]
         biased = getattr(self.lora_B[on[0]], "bias", None) is not None
         hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in vars(base)
         device = x.device.type
-        cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != x.dtype
+        able = torch.amp.is_autocast_available(device)  # not on the meta device
+        cast = able and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != x.dtype
         return None if not frozen or biased or hooked or cast or x.dtype != base.weight.dtype else on[0]
 
 

@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,12 @@ import typer
 
 from trivet import __version__
 from trivet.errors import ConfigError, TrivetError, masked
+
+#: In the order in which `trivet --help` lists them; each is a file of this folder.
+VERBS = (
+    "init", "validate", "plan", "train", "evaluate", "compare", "report", "inspect", "compress", "generate", "chat",
+    "merge", "export", "verify", "methods",
+)  # fmt: skip
 
 app = typer.Typer(
     name="trivet",
@@ -81,25 +88,9 @@ def root(
 
 def build() -> typer.Typer:
     """The command with all its verbs."""
-    from trivet.cli import (
-        chat,
-        compress,
-        evaluate,
-        export,
-        generate,
-        init,
-        inspect,
-        merge,
-        methods,
-        train,
-        validate,
-        verify,
-    )  # fmt: skip
-
     if not app.registered_commands:
-        modules = (init, validate, train, evaluate, inspect, compress, generate, chat, merge, export, verify, methods)
-        for module in modules:
-            module.register(app)
+        for name in VERBS:
+            import_module(f"trivet.cli.{name}").register(app)
     return app
 
 

@@ -46,9 +46,9 @@ def register(app: typer.Typer) -> None:
         typer.echo(f"run folder {config.output_dir}; try: trivet generate {config.output_dir} --prompt '...'")
 
 
-def show(evaluation: Evaluation) -> None:
-    """The table base | tuned | difference with its 95% interval."""
-    rows = [("metric", "base", "tuned", "difference [95% interval]", "n"), *evaluation.table()]
+def show(evaluation: Evaluation, first: str = "base", other: str = "tuned") -> None:
+    """The table first | other | difference with its 95% interval."""
+    rows = [("metric", first, other, "difference [95% interval]", "n"), *evaluation.table()]
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]

@@ -41,16 +41,7 @@ def register(app: typer.Typer) -> None:
 
 
 def marked(row: Encoded, tokenizer: Any) -> str:
-    """The row's text with its supervised part between « and »; a label stands behind an arrow."""
-    labels = row["labels"]
-    if not isinstance(labels, list):
-        return f"{tokenizer.decode(row['input_ids'])} → «{labels}»"
-    if len(labels) != len(row["input_ids"]) or all(x >= 0 for x in labels):  # encoder-decoder: source, then target
-        return f"{tokenizer.decode(row['input_ids'])} → «{tokenizer.decode(labels)}»"
-    parts, start = [], 0
-    for end in range(1, len(labels) + 1):
-        if end == len(labels) or (labels[end] < 0) != (labels[start] < 0):
-            text = tokenizer.decode(row["input_ids"][start:end])
-            parts.append(f"«{text}»" if labels[start] >= 0 else text)
-            start = end
-    return "".join(parts)
+    """The row's text with its supervised part between « and »; a label or a target stands behind an arrow."""
+    from trivet.data.marked import pieces
+
+    return "".join(f"«{text}»" if learned else text for text, learned in pieces(row, tokenizer))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 #: Logits that are held at a time. Large enough for good matrix products, small enough for a last-level cache.
-_CHUNK = 3 * 2**22
+CHUNK = 3 * 2**22
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         right = torch.empty(n, dtype=torch.bool, device=hidden.device)
         wanted = ctx.needs_input_grad[0]
         grad = torch.empty_like(hidden) if wanted else None
-        size = -(-n // max(1, -(-n * len(head.weight) // _CHUNK)))  # equal chunks
+        size = -(-n // max(1, -(-n * len(head.weight) // CHUNK)))  # equal chunks
         wide = hidden.new_empty(size, len(head.weight), dtype=torch.float32)  # the same memory for every chunk
         short = wide if hidden.dtype == torch.float32 else hidden.new_empty(wide.shape)
         for start in range(0, n, max(size, 1)):
