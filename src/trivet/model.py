@@ -146,6 +146,12 @@ def check_base(name: str | None) -> None:
         _locate(name)
 
 
+def fetch_base(name: str | None) -> None:
+    """Make sure that a demo model is in the cache; others are fetched by whoever loads them first."""
+    if name in DEMO_MODELS:
+        _locate(name)
+
+
 def _locate(name: str) -> tuple[str, str | None]:
     """(what transformers is given, the GGUF file's name in it or None)."""
     if name in DEMO_MODELS and not Path(name).is_dir():

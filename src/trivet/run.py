@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
-import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -18,6 +18,7 @@ import transformers
 from rich.console import Console
 from transformers import EarlyStoppingCallback, TrainingArguments
 
+from trivet import processes
 from trivet.adapter.attach import trainable_parameters
 from trivet.adapter.plan import optimizer
 from trivet.adapter.save import save_adapter
@@ -29,6 +30,7 @@ from trivet.data.dataset import Dataset
 from trivet.data.encode import Encoded, Summary, encode_dataset
 from trivet.errors import ConfigError, TrivetError
 from trivet.evaluate.measure import Evaluation, Settings, write_predictions
+from trivet.model import fetch_base, pick_device
 from trivet.pictures import rank_map, rank_path
 from trivet.result import build_result
 from trivet.runfolder import RunFolder, storage, write_json, write_text
@@ -68,6 +70,10 @@ def prepare(config: Config, console: Console, **datasets: Any) -> Prepared:
             _say(console, f"{name}: {len(part):,} rows of format {part.format} from {part.source}")
             if part.skipped:
                 _say(console, f"  skipped {len(part.skipped):,} bad rows, the first: {part.skipped[0]}")
+    processes.check_same("data", json.dumps(splits.fingerprints()))
+    if processes.first_here():
+        fetch_base(config.model.name)
+    processes.wait()
     session = begin(config, splits.train)
     _say(console, f"model {session.base.describe()}")
     train_rows, summary = encode_dataset(splits.train, session.encoder)
@@ -99,6 +105,7 @@ class Outcome:
     evaluation: Evaluation | None
 
 
+@processes.together()
 def train(
     config: Config,
     *,
@@ -113,24 +120,28 @@ def train(
         ConfigError, DataError, ModelError: before anything is written.
         StorageError, ProofError: the run folder keeps its last good checkpoint.
     """
-    console = console or Console(stderr=True)
     began = time.perf_counter()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("trivet trains in one process so far; start it without torchrun or accelerate launch")
+    processes.join(pick_device(config.model.device))
+    if not processes.first():
+        console = Console(quiet=True)
+    console = console or Console(stderr=True)
     if config.training.keep_freed_memory:
         keep_freed_memory()
     folder = RunFolder(Path(config.output_dir))
-    folder.check_free(resume=resume, overwrite=overwrite)
-    if resume:
-        _check_same(config, load_config(folder.config), folder)
+    if processes.first():
+        folder.check_free(resume=resume, overwrite=overwrite)
+        if resume:
+            _check_same(config, load_config(folder.config), folder)
+    processes.wait()
     ready = prepare(config, console, **datasets)
     session = ready.session
     log_callback = RunLog(folder.log, console)
     with _writing(folder, log_callback, fresh=not resume):
-        folder.begin(dump(config), resume=resume)
+        _begin(folder, dump(config), resume=resume)
         trainer = make_trainer(ready, folder, log_callback)
         ranks = trainer.ranks
-        checkpoint = newest_checkpoint(folder.checkpoints, ranks.files) if resume else None
+        found = processes.from_first(lambda: str(newest_checkpoint(folder.checkpoints, ranks.files) or ""))
+        checkpoint = Path(found) if resume and found else None
         if resume:
             where = f"step {step_of(checkpoint)}" if checkpoint else "the beginning: no whole checkpoint was left"
             _say(console, f"resuming from {where}")
@@ -138,6 +149,31 @@ def train(
             ranks.resume(checkpoint)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
+    outcome = _finish(ready, folder, console, trainer, log_callback, began) if processes.first() else None
+    told = processes.from_first(lambda: json.dumps(outcome.result))  # type: ignore[union-attr] # the first has one
+    return outcome or Outcome(session, json.loads(told), None)
+
+
+def _begin(folder: RunFolder, config_text: str, *, resume: bool) -> None:
+    """Make the run folder, once every process is ready to train.
+
+    Raises:
+        ConfigError: a process does not see it.
+    """
+    processes.wait()
+    if processes.first():
+        folder.begin(config_text, resume=resume)
+    processes.wait()
+    if not folder.config.exists():
+        raise ConfigError(f"output_dir {folder.path}: must be on a disk that all machines share; process "
+                          f"{processes.index()} does not see it")  # fmt: skip
+
+
+def _finish(
+    ready: Prepared, folder: RunFolder, console: Console, trainer: Trainer, log_callback: RunLog, began: float
+) -> Outcome:
+    """Save the adapter, evaluate base and tuned, and write what was found out."""
+    session, ranks = ready.session, trainer.ranks
     proof = save_adapter(
         session.model,
         folder.adapter,
@@ -151,7 +187,7 @@ def train(
     rows = ready.splits.test if ready.splits.test is not None else ready.splits.validation
     if rows is not None:
         _say(console, f"evaluating base and tuned on {len(rows):,} {which} rows")
-        settings = Settings.of(config.evaluation)
+        settings = Settings.of(ready.config.evaluation)
         evaluation = session.evaluator(rows, settings).side_by_side(session.model)
     result = build_result(
         ready,
@@ -259,7 +295,7 @@ def _writing(folder: RunFolder, log_callback: RunLog, *, fresh: bool) -> Iterato
             yield
     except BaseException as error:
         log_callback.close()
-        if fresh and not any(folder.checkpoints.glob("checkpoint-*")):
+        if fresh and processes.first() and not any(folder.checkpoints.glob("checkpoint-*")):
             with contextlib.suppress(OSError):  # the error at hand says more
                 folder.clear()
         if isinstance(error, torch.OutOfMemoryError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trivet import processes
 from trivet.config import Config
 from trivet.data.batch import MULTIPLE, tokens_of
 from trivet.data.encode import Encoded
@@ -19,10 +20,11 @@ def token_batches(config: Config, rows: list[Encoded]) -> TokenBudgetSampler | N
 
 
 def planned_steps(config: Config, rows: list[Encoded]) -> int:
-    """Optimizer steps of the whole run on one device."""
+    """Optimizer steps of the whole run, in as many processes as there are."""
     settings = config.training
     if settings.max_steps is not None:
         return settings.max_steps
     grouped = token_batches(config, rows)
     batches = -(-len(rows) // settings.batch_size) if grouped is None else len(grouped)
-    return max(1, round(-(-batches // settings.gradient_accumulation_steps) * settings.num_epochs))
+    step = settings.gradient_accumulation_steps * processes.count()
+    return max(1, round(-(-batches // step) * settings.num_epochs))

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trivet import __version__
+from trivet import __version__, processes
 from trivet.errors import ConfigError, TrivetError
 
 app = typer.Typer(
@@ -57,7 +57,7 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
 def _fail(message: str, code: int, error: BaseException | None = None) -> None:
     if _State.debug and error is not None:
         raise error
-    typer.echo(f"error: {message}", err=True)
+    processes.say_once(lambda: typer.echo(f"error: {message}", err=True))
     raise typer.Exit(code)
 
 
