@@ -24,6 +24,7 @@ FOREVER = timedelta(days=365)
 
 _store: Any = None
 _told = 0
+_sharded = False
 
 
 def count() -> int:
@@ -46,16 +47,31 @@ def first_here() -> bool:
     return count() == 1 or int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
+def sharded() -> bool:
+    """Whether the base model's weights are shared out (`accelerate launch --use_fsdp`): forward passes need all."""
+    return _sharded
+
+
 def join(device: torch.device) -> None:
     """Meet the others; `device` is the kind that each has one of.
 
+    Of what `accelerate launch` asks for, FSDP is done by `train.shard` and precision is `model.dtype`'s affair: from
+    here on accelerate and transformers, which would wrap the model themselves, are not told of either.
+
     Raises:
-        ConfigError: the launcher gave no place to meet, or started more processes than there are GPUs.
+        ConfigError: the launcher gave no place to meet, started more processes than there are GPUs, or wants DeepSpeed.
     """
-    global _store
+    global _store, _sharded
     import torch
     import torch.distributed as dist
 
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    _sharded = os.environ.pop("ACCELERATE_USE_FSDP", str(_sharded)).lower() == "true" and count() > 1
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise ConfigError(
+            "DeepSpeed is not supported: its engine owns optimizer and gradients, which update rules and changes of "
+            "rank work on. To share a large base model out, use accelerate launch --use_fsdp --fsdp_version 2"
+        )
     if count() == 1:
         if int(os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("PMI_SIZE", "1"))) > 1:
             raise ConfigError("several processes are started with torchrun or accelerate launch, not with mpirun")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -149,7 +150,10 @@ def train(
             ranks.resume(checkpoint)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
-    outcome = _finish(ready, folder, console, trainer, log_callback, began) if processes.first() else None
+    outcome: Outcome | None = None
+    with _place(folder) as place:
+        if place is not None:
+            outcome = _finish(ready, place, console, trainer, log_callback, began)
     told = processes.from_first(lambda: json.dumps(outcome.result))  # type: ignore[union-attr] # the first has one
     return outcome or Outcome(session, json.loads(told), None)
 
@@ -167,6 +171,21 @@ def _begin(folder: RunFolder, config_text: str, *, resume: bool) -> None:
     if not folder.config.exists():
         raise ConfigError(f"output_dir {folder.path}: must be on a disk that all machines share; process "
                           f"{processes.index()} does not see it")  # fmt: skip
+
+
+@contextlib.contextmanager
+def _place(folder: RunFolder) -> Iterator[RunFolder | None]:
+    """Where this process puts what is made of a trained adapter; None where it has no part in that.
+
+    A base model that is shared out runs in all processes or in none, so all go through the same, for nothing.
+    """
+    if processes.first():
+        yield folder
+    elif processes.sharded():
+        with tempfile.TemporaryDirectory() as scratch:
+            yield RunFolder(Path(scratch))
+    else:
+        yield None
 
 
 def _finish(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +22,7 @@ from trivet.runfolder import storage
 from trivet.train.oom import Halver
 from trivet.train.ranks import RankCallback
 from trivet.train.sampler import LengthSampler, Share, TokenBudgetSampler
+from trivet.train.shard import shard
 
 #: The update rule: model, learning_rate=, weight_decay= -> optimizer.
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
@@ -75,6 +77,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         )
         if self.args.process_index:  # transformers seeds all alike: they would drop out the same entries of other rows
             torch.manual_seed(self.args.seed + self.args.process_index)
+        if processes.sharded():
+            shard(self.model)
 
     def create_accelerator_and_postprocess(self) -> None:
         """The accelerator, which leaves the model as it is: the gradients are summed here."""
@@ -124,7 +128,9 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         step = super().training_step
         if not inputs:  # at the end of a pass, where other processes have the last rows
             loss = torch.zeros((), device=self.args.device)
-        elif self.collator.packed:  # packed rows are one
+            if processes.sharded():  # they need this one's part of the weights: of this row nothing is learned
+                loss = step(model, self.collator(self.train_dataset[:1]), math.inf)  # type: ignore[index]
+        elif self.collator.packed or processes.sharded():  # packed rows are one; shared weights are read by all at once
             loss = step(model, inputs, num_items_in_batch)
         else:
             loss = self.halver.run(lambda batch: step(model, batch, num_items_in_batch), inputs)
@@ -168,9 +174,9 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Token-weighted loss and accuracy on the validation rows, each process scoring its share of them."""
+        """Token-weighted loss and accuracy on the validation rows."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        sums = processes.total(self._score(self._mine(rows)).sum(1))
+        sums = self._score(rows).sum(1)
         loss, right_share = (sums[:2] / sums[2]).tolist()
         metrics = {f"{metric_key_prefix}_loss": loss}
         if self.task != "regression":
@@ -189,19 +195,20 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
                                  * self.args.gradient_accumulation_steps * self.args.world_size))  # fmt: skip
         order = torch.randperm(len(self.eval_dataset), generator=torch.Generator().manual_seed(self.args.seed))  # type: ignore[arg-type]
         rows = [self.eval_dataset[i] for i in order[:affordable].tolist()]  # type: ignore[index]
-        scores = torch.zeros(3, len(rows), dtype=torch.float64)
-        self._mine(scores.T)[:] = self._score(self._mine(rows)).T
-        losses, _, weight = processes.total(scores)
+        losses, _, weight = self._score(rows)
         return losses / weight.mean()
 
-    def _mine(self, rows: Any) -> Any:
-        """This process's share of validation rows."""
-        return rows[self.args.process_index :: self.args.world_size]
-
     def _score(self, rows: Any) -> torch.Tensor:
-        """Per row: summed loss, right answers, and items; (3, rows) float64."""
+        """Per row: summed loss, right answers, and items; (3, rows) float64. Each process scores its share of them."""
         model, size = self.accelerator.unwrap_model(self.model), self.args.per_device_eval_batch_size
-        return row_scores(model, rows, self.collator.padded(), task=self.task, batch_size=size)
+        score = partial(row_scores, model, collator=self.collator.padded(), task=self.task, batch_size=size)
+        index, count = self.args.process_index, self.args.world_size
+        if count == 1 or processes.sharded():  # with shared weights all go through the same forward passes
+            return score(rows)
+        scores = torch.zeros(3, len(rows), dtype=torch.float64)
+        if mine := rows[index::count]:
+            scores[:, index::count] = score(mine)
+        return processes.total(scores)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint that could not be written is removed, so that no half of one is ever found."""
