@@ -1,0 +1,294 @@
+"""Several processes train what one process would: real ones, started as a person starts them, over gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from conftest import colour_rows, save_tiny, write_jsonl
+from trivet.configio import dump, load
+from trivet.run import train
+from trivet.train.sampler import LengthSampler, Share, TokenBudgetSampler
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+
+SETTINGS: dict[str, Any] = {
+    "model.dtype": "float32",
+    "model.device": "cpu",
+    "model.lora_rank": 2,
+    "training.learning_rate": 1e-2,
+    "training.max_steps": 12,  # 19 rows, 4 a step: the last step of a pass has 3, and one process a row less
+    "training.eval_steps": 4,
+    "training.keep_checkpoints": 9,
+    "evaluation.generate": False,
+    "evaluation.resamples": 10,
+}
+SQUEEZE = {"rank": {"name": "squeeze", "start_rank": 8}}
+
+#: Each is run by one process with twice the rows a step, and by two.
+CASES: dict[str, dict[str, Any]] = {
+    "fixed": {},
+    "squeeze": {"method": SQUEEZE},
+    "auto": {"method": {"rank": {"name": "auto", "start_rank": 4}}},
+    "probed": {"method": {"decompose": "gradient", "rank": "planned"}},
+    "accumulated": {"training.batch_size": 1, "training.gradient_accumulation_steps": 2},
+    "classes": {"model": "bert", "data.train": "classes.jsonl"},
+}
+MORE: dict[str, dict[str, Any]] = {
+    "adalora": {"method": {"rank": {"name": "adalora", "start_rank": 8}}},
+    "core": {"method": {"decompose": "core", "rank": {"name": "squeeze", "start_rank": 8, "budget": 200}}},
+    "principal": {"method": {"decompose": "principal", "rank": "squeeze", "update": "muon"}},
+    "sequences": {"model": "bart"},
+    "packed": {"model": "llama", "training.packing": True},
+    "budget": {"training.max_tokens_per_batch": 96},
+}
+
+MANY = """
+import json, sys
+from rich.console import Console
+from trivet.configio import load
+from trivet.run import train
+
+for values, resume in json.load(open(sys.argv[1])):
+    train(load(values=values), resume=resume, console=Console(quiet=True))
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("distributed")
+    still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    save_tiny("gpt2", folder / "gpt2", **still)
+    save_tiny("llama", folder / "llama", initializer_range=0.3)
+    save_tiny("bart", folder / "bart", dropout=0.0, attention_dropout=0.0, activation_dropout=0.0)
+    save_tiny("bert", folder / "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    rows = [
+        {"prompt": "the cat " * (1 + i % 7), "completion": "ran to the red house " * (1 + i % 5)} for i in range(24)
+    ]
+    write_jsonl(folder / "train.jsonl", rows)
+    classes = [{"text": row["prompt"], "label": row["completion"].split()[-1]} for row in colour_rows(24)]
+    write_jsonl(folder / "classes.jsonl", classes)
+    (folder / "many.py").write_text(MANY)
+    return folder
+
+
+def values_of(place: Path, out: Path, case: dict[str, Any], processes: int) -> dict[str, Any]:
+    """The settings of a case for so many processes, with the same rows in a step."""
+    values = {"data.train": "train.jsonl", "data.validation": 0.2, "training.batch_size": 2, "model": "gpt2"}
+    values |= SETTINGS | case
+    values["data.train"] = str(place / values["data.train"])
+    values["model.name"] = str(place / values.pop("model"))
+    share = "training.batch_size"
+    if "training.max_tokens_per_batch" in case:
+        share = "training.gradient_accumulation_steps"
+    values[share] = values.get(share, 1) * 2 // processes
+    return {**values, "output_dir": str(out)}
+
+
+def launch(place: Path, *command: str, processes: int = 2, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`torchrun` with its words, under a time limit: nothing may hang."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    run = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    return subprocess.run(
+        [*run, *command],
+        cwd=place, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True, text=True, check=False, timeout=240,
+    )  # fmt: skip
+
+
+def run_many(place: Path, runs: Iterable[tuple[dict[str, Any], bool]], **environment: str) -> None:
+    """Run configs one after the other in one pair of processes."""
+    (place / "runs.json").write_text(json.dumps(list(runs)))
+    done = launch(place, "many.py", "runs.json", **environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def run_one(values: dict[str, Any], *, resume: bool = False) -> None:
+    train(load(values=values), resume=resume, console=Console(quiet=True))
+
+
+def check_alike(one: Path, other: Path) -> None:
+    """The same ranks, and weights and losses within 1e-5 of the largest."""
+    first, second = (load_file(out / "adapter" / "adapter_model.safetensors") for out in (one, other))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert tensor.shape == second[name].shape, name
+        assert float((tensor - second[name]).abs().max()) <= 1e-5 * float(tensor.abs().max()), name
+    first_result, second_result = (json.loads((out / "result.json").read_text()) for out in (one, other))
+    assert first_result["ranks"] == second_result["ranks"]
+    assert first_result["best_step"] == second_result["best_step"]
+    logs = [[json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] for out in (one, other)]
+    for ours, theirs in zip(*logs, strict=True):
+        assert ours.get("tokens") == theirs.get("tokens")
+        for name in ("loss", "validation_loss", "grad_norm"):
+            if name in ours:
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-4 if name == "grad_norm" else 1e-5), name
+
+
+def check_all(place: Path, cases: dict[str, dict[str, Any]], folder: str, **environment: str) -> None:
+    run_many(place, [(values_of(place, place / folder / n, c, 2), False) for n, c in cases.items()], **environment)
+    for name, case in cases.items():
+        run_one(values_of(place, place / folder / f"{name}-alone", case, 1))
+        check_alike(place / folder / f"{name}-alone", place / folder / name)
+
+
+# -- the same result -----------------------------------------------------------------------------------------
+
+
+def test_two_processes_train_what_one_does(place: Path) -> None:
+    check_all(place, CASES, "ddp")
+    result = json.loads((place / "ddp" / "squeeze" / "result.json").read_text())
+    assert len(result["rank_history"]) >= 3 and len(set(result["ranks"].values())) > 1
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does_with_every_kind_of_part(place: Path) -> None:
+    check_all(place, MORE, "more")
+
+
+@pytest.mark.slow
+def test_a_shared_out_base_model_trains_the_same(place: Path) -> None:
+    """FSDP2: the blocks of the base model are in parts, the adapter is whole; ranks change too."""
+    chosen = ("fixed", "squeeze", "auto", "classes", "sequences", "packed")
+    cases = {name: case for name, case in {**CASES, **MORE}.items() if name in chosen}
+    check_all(place, cases, "fsdp", ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+
+
+SHARED = """
+import torch.distributed as dist, torch
+from conftest import tiny_model
+import trivet
+from trivet import processes
+from trivet.train.shard import shard
+
+processes.join(torch.device("cpu"))
+assert processes.sharded()
+model = trivet.attach(tiny_model("gpt2", 64), lora_rank=2)
+whole = sum(p.numel() for p in model.transformer.h.parameters() if not p.requires_grad)
+shard(model)
+blocks = list(model.transformer.h.parameters())
+held = sum(p.to_local().numel() for p in blocks if not p.requires_grad)
+assert held == whole // 2, (held, whole)
+assert not any(hasattr(p, "to_local") for p in blocks if p.requires_grad)
+"""
+
+
+def test_each_process_holds_half_of_a_shared_out_model(place: Path) -> None:
+    (place / "shared.py").write_text(SHARED)
+    tests = str(Path(__file__).parents[1])
+    paths = os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])
+    done = launch(place, "shared.py", ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", PYTHONPATH=paths)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("rows", [1, 7, 24])
+def test_shares_are_the_rows_of_one_process(rows: int, count: int) -> None:
+    """Over all processes a step has the rows that one process would take; all have as many steps."""
+    lengths = [5 + i % 9 for i in range(rows)]
+    for sampler, size in ((LengthSampler(lengths, 4 * count, 3), 4), (TokenBudgetSampler(lengths, 40, 3), None)):
+        for epoch in (0, 1):
+            shares = [Share(sampler, size, i, count) for i in range(count)]
+            for share in shares:
+                share.set_epoch(epoch)
+            steps = list(zip(*shares, strict=True))
+            assert len(steps) == len(shares[0])
+            alone = list(sampler) if size else [row for batch in sampler for row in batch]
+            assert sorted(row for step in steps for mine in step for row in mine) == list(range(rows))
+            taken = 0
+            for step in steps:
+                together = sorted(row for mine in step for row in mine)
+                assert together == sorted(alone[taken : taken + len(together)])
+                taken += len(together)
+                if size:
+                    assert all(len(mine) <= size for mine in step)
+
+
+# -- failing as one ------------------------------------------------------------------------------------------
+
+
+def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error: ")]
+
+
+def config(place: Path, out: Path) -> Path:
+    path = place / "config.yaml"
+    path.write_text(dump(load(values=values_of(place, out, {}, 2))))
+    return path
+
+
+def test_from_the_shell_and_what_goes_wrong_is_said_once(place: Path, tmp_path: Path) -> None:
+    path, out = config(place, tmp_path / "run"), tmp_path / "run"
+    done = launch(place, "-m", "trivet", "train", str(path), "training.learnin_rate=1")
+    assert done.returncode == 1 and len(errors(done)) == 1, done.stderr
+    assert "did you mean training.learning_rate" in errors(done)[0] and "exitcode  : 2" in done.stderr
+    done = launch(place, "-m", "trivet", "train", str(path), "training.max_steps=4")
+    assert done.returncode == 0 and not errors(done), done.stderr
+    assert done.stderr.count("step 4: validation loss") == 1 and done.stdout.count("run folder") == 1
+    files = {path.name for path in (out / "checkpoints" / "checkpoint-4").iterdir()}
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= files
+    done = launch(place, "-m", "trivet", "train", str(path))
+    assert done.returncode == 1 and len(errors(done)) == 1, done.stderr
+    assert "holds a finished run" in errors(done)[0]
+
+
+FAULT = """
+import os, signal, sys
+from transformers import TrainerCallback
+import trivet.run as run
+from trivet.cli import main
+
+rank, fault = int(sys.argv.pop(1)), sys.argv.pop(1)
+
+class Fault(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 6 and args.process_index == rank:
+            if fault == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ValueError("a fault of this test")
+
+make = run.make_trainer
+
+def make_trainer(*args, **options):
+    trainer = make(*args, **options)
+    trainer.add_callback(Fault())
+    return trainer
+
+run.make_trainer = make_trainer
+main()
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+@pytest.mark.parametrize(
+    ("rank", "fault"),
+    [(1, "kill"), pytest.param(0, "kill", marks=pytest.mark.slow), pytest.param(1, "raise", marks=pytest.mark.slow)],
+)
+def test_the_end_of_one_process_ends_all_and_the_run_goes_on_later(
+    place: Path, tmp_path: Path, rank: int, fault: str
+) -> None:
+    path, out = config(place, tmp_path / "run"), tmp_path / "run"
+    (place / "fault.py").write_text(FAULT)
+    done = launch(place, "fault.py", str(rank), fault, "train", str(path))
+    assert done.returncode == 1 and len(errors(done)) == 1, done.stderr
+    expected = "another of the run's 2 processes has ended" if fault == "kill" else "a fault of this test"
+    assert expected in errors(done)[0]
+    assert (out / "checkpoints" / "checkpoint-4").is_dir() and not (out / "result.json").exists()
+    done = launch(place, "-m", "trivet", "train", str(path), "--resume")
+    assert done.returncode == 0, done.stderr
+    run_one(values_of(place, tmp_path / "alone", {}, 1))
+    check_alike(tmp_path / "alone", out)
