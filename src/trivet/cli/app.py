@@ -81,10 +81,11 @@ def root(
 
 def build() -> typer.Typer:
     """The command with all its verbs."""
-    from trivet.cli import chat, compress, evaluate, export, generate, init, inspect, merge, methods, train, validate
+    from trivet.cli import chat, compress, evaluate, export, generate, init, inspect, merge, methods, sweep, train
+    from trivet.cli import validate as check
 
     if not app.registered_commands:
-        for module in (init, validate, train, evaluate, inspect, compress, generate, chat, merge, export, methods):
+        for module in (init, check, train, sweep, evaluate, inspect, compress, generate, chat, merge, export, methods):
             module.register(app)
     return app
 
