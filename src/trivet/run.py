@@ -35,11 +35,11 @@ from trivet.model import fetch_base, pick_device
 from trivet.pictures import rank_map, rank_path
 from trivet.result import build_result
 from trivet.runfolder import RunFolder, storage, write_json, write_text
-from trivet.schedule import planned_steps, token_batches
+from trivet.schedule import STEP_KEYS, planned_steps, step_size, token_batches
 from trivet.session import Session, begin, check_format, check_packing
 from trivet.splits import Splits, load_splits
 from trivet.train.callback import RunLog
-from trivet.train.checkpoint import newest_checkpoint, step_of
+from trivet.train.checkpoint import newest_checkpoint, processes_of, step_of
 from trivet.train.trainer import Trainer
 
 log = logging.getLogger("trivet")
@@ -132,7 +132,8 @@ def train(
     if processes.first():
         folder.check_free(resume=resume, overwrite=overwrite)
         if resume:
-            _check_same(config, load_config(folder.config), folder)
+            last = newest_checkpoint(folder.checkpoints)
+            _check_same(config, load_config(folder.config), folder, processes_of(last) if last else processes.count())
     processes.wait()
     ready = prepare(config, console, **datasets)
     session = ready.session
@@ -325,16 +326,22 @@ def _writing(folder: RunFolder, log_callback: RunLog, *, fresh: bool) -> Iterato
         raise
 
 
-def _check_same(config: Config, before: Config, folder: RunFolder) -> None:
-    """A resumed run must be the same run: other settings would give something that was never asked for."""
-    changed = []
+def _check_same(config: Config, before: Config, folder: RunFolder, processes_before: int) -> None:
+    """A resumed run must be the same run: other settings would give something that was never asked for.
+
+    With the number of processes, batch_size and gradient_accumulation_steps may change, if a step's rows do not.
+    """
+    changed, shared_out = [], STEP_KEYS if processes.count() != processes_before else ()
     for section in ("model", "data", "training"):
         ours, theirs = getattr(config, section), getattr(before, section)
         changed += [
             f"{section}.{name} ({getattr(theirs, name)} then, {getattr(ours, name)} now)"
             for name in type(ours).__dataclass_fields__
-            if getattr(ours, name) != getattr(theirs, name)
+            if getattr(ours, name) != getattr(theirs, name) and name not in shared_out
         ]
+    now, then = step_size(config, processes.count()), step_size(before, processes_before)
+    if shared_out and now != then:
+        changed.append(f"batch_size x gradient_accumulation_steps x processes ({then} then, {now} now)")
     if config.method != before.method:
         changed.append(f"method ({before.method} then, {config.method} now)")
     if changed:

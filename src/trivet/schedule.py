@@ -28,3 +28,16 @@ def planned_steps(config: Config, rows: list[Encoded]) -> int:
     batches = -(-len(rows) // settings.batch_size) if grouped is None else len(grouped)
     step = settings.gradient_accumulation_steps * processes.count()
     return max(1, round(-(-batches // step) * settings.num_epochs))
+
+
+#: Settings that may be others in another number of processes, for as long as `step_size` stays.
+STEP_KEYS = ("batch_size", "gradient_accumulation_steps")
+
+
+def step_size(config: Config, processes: int) -> str:
+    """What an optimizer step learns from, in words."""
+    settings = config.training
+    micro = settings.gradient_accumulation_steps * processes
+    if settings.max_tokens_per_batch is not None:
+        return f"{micro} batches of {settings.max_tokens_per_batch} tokens"
+    return f"{micro * settings.batch_size} rows a step"
