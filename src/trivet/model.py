@@ -138,17 +138,14 @@ def load_base(
     return Base(name, model.to(target), tokenizer, task, kind, target, classes, revision, fresh)
 
 
-def check_base(name: str | None) -> None:
-    """Refuse early what can't be a model: no name, no such folder, a folder without config.json. Loads nothing."""
+def check_base(name: str | None, *, fetch: bool = False) -> None:
+    """Refuse early what can't be a model: no name, no such folder, a folder without config.json. Loads nothing.
+
+    With `fetch` a demo model is in the cache afterwards.
+    """
     if not name:
         raise ConfigError(_NO_NAME)
-    if name not in DEMO_MODELS:
-        _locate(name)
-
-
-def fetch_base(name: str | None) -> None:
-    """Make sure that a demo model is in the cache; others are fetched by whoever loads them first."""
-    if name in DEMO_MODELS:
+    if fetch or name not in DEMO_MODELS:
         _locate(name)
 
 

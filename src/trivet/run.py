@@ -31,7 +31,7 @@ from trivet.data.dataset import Dataset
 from trivet.data.encode import Encoded, Summary, encode_dataset
 from trivet.errors import ConfigError, TrivetError
 from trivet.evaluate.measure import Evaluation, Settings, write_predictions
-from trivet.model import fetch_base, pick_device
+from trivet.model import check_base, pick_device
 from trivet.pictures import rank_map, rank_path
 from trivet.result import build_result
 from trivet.runfolder import RunFolder, storage, write_json, write_text
@@ -73,7 +73,7 @@ def prepare(config: Config, console: Console, **datasets: Any) -> Prepared:
                 _say(console, f"  skipped {len(part.skipped):,} bad rows, the first: {part.skipped[0]}")
     processes.check_same("data", json.dumps(splits.fingerprints()))
     if processes.first_here():
-        fetch_base(config.model.name)
+        check_base(config.model.name, fetch=True)
     processes.wait()
     session = begin(config, splits.train)
     _say(console, f"model {session.base.describe()}")

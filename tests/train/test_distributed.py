@@ -63,8 +63,9 @@ from trivet.configio import load
 from trivet.errors import ConfigError
 from trivet.run import train
 
-for values, resume in json.load(open(sys.argv[1])):
-    train(load(values=values), resume=resume, console=Console(quiet=True))
+for values in json.load(open(sys.argv[1])):
+    outcome = train(load(values=values), console=Console(quiet=True))
+    assert outcome.result["steps"] == 12 and "loss" in outcome.result["metrics"]["tuned"]  # in every process
 """
 
 
@@ -121,7 +122,7 @@ def start_and_wait(place: Path, words: list[str], **environment: str) -> subproc
     )  # fmt: skip
 
 
-def run_many(place: Path, runs: Iterable[tuple[dict[str, Any], bool]], **environment: str) -> None:
+def run_many(place: Path, runs: Iterable[dict[str, Any]], **environment: str) -> None:
     """Run configs one after the other in one pair of processes."""
     (place / "runs.json").write_text(json.dumps(list(runs)))
     done = launch(place, "many.py", "runs.json", **environment)
@@ -151,7 +152,7 @@ def check_alike(one: Path, other: Path, weights: float = 1e-5) -> None:
 
 
 def check_all(place: Path, cases: dict[str, dict[str, Any]], folder: str, **environment: str) -> None:
-    run_many(place, [(values_of(place, place / folder / n, c, 2), False) for n, c in cases.items()], **environment)
+    run_many(place, [values_of(place, place / folder / n, c, 2) for n, c in cases.items()], **environment)
     for name, case in cases.items():
         run_one(values_of(place, place / folder / f"{name}-alone", case, 1))
         # Adam takes steps of full size where a gradient is mere rounding, as some of the tiny encoder's are.

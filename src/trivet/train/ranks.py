@@ -137,9 +137,9 @@ class RankCallback(TrainerCallback):  # type: ignore[misc]
         if changes:
             resize(self.model, changes, optimizer)
             self._changed()
-            self._agree(optimizer)
             self.collector.drop([name for name, change in changes.items() if change.rank == 0])
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        self._agree(optimizer)
 
     def _agree(self, optimizer: Any) -> None:
         """Give every process the first one's adapter and optimizer state: processors may differ in their last bits."""
