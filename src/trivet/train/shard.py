@@ -15,14 +15,10 @@ def shard(model: Any) -> None:
     """Share the blocks' frozen weights out over the processes, in place; all others stay whole in each.
 
     Raises:
-        ConfigError: FSDP's first version was asked for, or the model's class does not say what its blocks are.
+        ConfigError: the model's class does not say what its blocks are.
     """
-    from accelerate.utils import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import fully_shard
 
-    plugin = FullyShardedDataParallelPlugin()  # reads the launcher's variables
-    if plugin.fsdp_version != 2:
-        raise ConfigError("FSDP: only its version 2 is supported; add --fsdp_version 2 to accelerate launch")
     base = model.get_base_model()
     kinds = set(base._no_split_modules or ())
     blocks = [module for module in base.modules() if type(module).__name__ in kinds]
