@@ -176,9 +176,9 @@ def fit(session: Any, loaded: Loaded, config: Any) -> dict[str, float]:
     from transformers.trainer_utils import IntervalStrategy
 
     from trivet.prepare import Prepared
-    from trivet.run import make_trainer
     from trivet.runfolder import RunFolder
     from trivet.train.callback import RunLog
+    from trivet.training import make_trainer
 
     ready = Prepared(config, loaded.splits, session, loaded.train_rows, loaded.validation_rows, loaded.summary)
     with tempfile.TemporaryDirectory() as place:

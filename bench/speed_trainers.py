@@ -112,9 +112,9 @@ def trivet_trainer(turns: Turns, spec: dict[str, Any], folder: Path) -> Any:
     import trivet.session
     from trivet.configio import load
     from trivet.prepare import prepare
-    from trivet.run import make_trainer
     from trivet.runfolder import RunFolder
     from trivet.train.callback import RunLog
+    from trivet.training import make_trainer
 
     load_base = trivet.session.load_base
 

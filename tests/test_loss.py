@@ -17,9 +17,9 @@ from trivet.configio import load
 from trivet.data.encode import IGNORE
 from trivet.loss import token_losses, training_loss
 from trivet.prepare import prepare
-from trivet.run import make_trainer
 from trivet.runfolder import RunFolder
 from trivet.train.callback import RunLog
+from trivet.training import make_trainer
 
 
 def some_labels(rows: int, length: int, vocab: int) -> torch.Tensor:

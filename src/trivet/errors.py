@@ -56,6 +56,10 @@ class AdapterError(TrivetError, ValueError):
     """An adapter folder cannot be read, or does not fit its base model."""
 
 
+class ProcessError(TrivetError, RuntimeError):
+    """Another process of the same run has ended, or answers no more."""
+
+
 class ProofError(TrivetError, RuntimeError):
     """What was saved does not compute what was trained."""
 

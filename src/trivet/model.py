@@ -138,11 +138,11 @@ def load_base(
     return Base(name, model.to(target), tokenizer, task, kind, target, classes, revision, fresh)
 
 
-def check_base(name: str | None) -> None:
-    """Refuse early what can't be a model: no name, no such folder, a folder without config.json. Loads nothing."""
+def check_base(name: str | None, *, fetch: bool = False) -> None:
+    """Refuse early what can't be a model: no name, no such folder, no config.json. `fetch`es a demo model if asked."""
     if not name:
         raise ConfigError(_NO_NAME)
-    if name not in DEMO_MODELS:
+    if fetch or name not in DEMO_MODELS:
         locate(name)
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 from rich.console import Console
 
+from trivet import processes
 from trivet.adapter.attach import trainable_parameters
 from trivet.config import Config
 from trivet.data.dataset import Dataset
 from trivet.data.encode import Encoded, Summary, encode_dataset
 from trivet.errors import ConfigError
 from trivet.memory import Estimate, estimate, free_memory
+from trivet.model import check_base
 from trivet.session import Session, begin, check_format
 from trivet.splits import Splits, load_splits
 
@@ -44,6 +47,10 @@ def prepare(config: Config, console: Console, **datasets: Any) -> Prepared:
             say(console, f"{name}: {len(part):,} rows of format {part.format} from {part.source}")
             if part.skipped:
                 say(console, f"  skipped {len(part.skipped):,} bad rows, the first: {part.skipped[0]}")
+    processes.check_same("data", json.dumps(splits.fingerprints()))
+    if processes.first_here():
+        check_base(config.model.name, fetch=True)
+    processes.wait()
     session = begin(config, splits.train)
     say(console, f"model {session.base.describe()}")
     train_rows, summary = encode_dataset(splits.train, session.encoder)

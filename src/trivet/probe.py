@@ -148,6 +148,11 @@ class Collector:
         self.discard()
         return counts
 
+    def spoil(self) -> None:
+        """Make the next `fold` count nothing, in no process: this one's record is not whole."""
+        for sums in self._sums.values():
+            sums.now.named["tokens"].fill_(torch.nan)
+
     def discard(self) -> None:
         """Forget what was recorded since the last `fold`."""
         for sums in self._sums.values():
@@ -205,6 +210,7 @@ def probe(
     sketch: int,
     seed: int = 0,
     loss: Loss | None = None,
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> dict[str, LayerStatistics]:
     """The statistics of `layers` over a few batches, in one forward and backward pass each; the model is left as found.
 
@@ -219,16 +225,17 @@ def probe(
         loss: gives the mean loss of a batch and the number of items it is the mean of. By default the model's own, and
             the labels that are not -100, or the rows where there is one label each. (A causal model learns no first
             token: its label must be -100, or it counts for an item too many.)
+        reduce: see `Collector`; each process then has its own share of every batch, which may be empty.
 
     Raises:
         TrivetError: a loss is not finite, no gradient reached a layer, or there are no batches.
     """
-    collector, done = Collector(layers, sketch=sketch, seed=seed), 0
+    collector, done = Collector(layers, sketch=sketch, seed=seed, reduce=reduce), 0
     with _as_found(model, seed):
         collector.on()
         try:
             for done, batch in enumerate(batches, 1):
-                _measure(collector, model, batch, loss or _own_loss, f"batch {done}")
+                _measure(collector, model, batch, loss or _own_loss, reduce, f"batch {done}")
         finally:
             collector.off()
     if not done:
@@ -236,10 +243,16 @@ def probe(
     return collector.statistics()
 
 
-def _measure(collector: Collector, model: nn.Module, batch: Mapping[str, Any], loss: Loss, where: str) -> None:
+def _measure(
+    collector: Collector, model: nn.Module, batch: Mapping[str, Any], loss: Loss,
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None, where: str,
+) -> None:  # fmt: skip
     device = next(model.parameters()).device
     batch = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
-    value, items = loss(model, batch)
+    value, items = loss(model, batch) if batch else (torch.zeros(()), 0)
+    if reduce is not None:  # its share of the mean over all processes
+        every = reduce(torch.tensor(float(items)))
+        value, items = value * (items / every), every
     if not bool(torch.isfinite(value)):
         raise TrivetError(
             f"probing the model: its loss on {where} is {value.item()}; a batch needs at least one label that is not "

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
-import os
 import signal
+import tempfile
 import time
-import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
-from transformers import EarlyStoppingCallback, TrainingArguments
 
-from trivet.adapter.plan import optimizer
+from trivet import processes
 from trivet.adapter.save import Proof, save_adapter
 from trivet.allocator import keep_freed_memory
 from trivet.config import Config
@@ -28,18 +25,19 @@ from trivet.configio import load as load_config
 from trivet.errors import ConfigError, DivergedError, InterruptedRunError, StorageError, TrivetError
 from trivet.evaluate.measure import Evaluation, Settings, write_predictions
 from trivet.lock import releasing
+from trivet.model import pick_device
 from trivet.pictures import rank_map, rank_path
 from trivet.prepare import Prepared, prepare, say
 from trivet.report import write_report
 from trivet.result import build_result
 from trivet.resuming import check_data, check_same
 from trivet.runfolder import RunFolder, storage, write_json, write_text
-from trivet.schedule import planned_steps, token_batches
-from trivet.session import Session, check_packing
+from trivet.session import Session
 from trivet.train.callback import RunLog
-from trivet.train.checkpoint import newest_checkpoint, notes_of, step_of, tidy
+from trivet.train.checkpoint import newest_checkpoint, notes_of, processes_of, step_of, tidy
 from trivet.train.interruption import Interruption
 from trivet.train.trainer import Trainer
+from trivet.training import make_trainer
 
 log = logging.getLogger("trivet")
 
@@ -58,6 +56,7 @@ ROLLBACKS = 2
 
 
 @releasing
+@processes.together()
 def train(
     config: Config,
     *,
@@ -81,42 +80,97 @@ def train(
         InterruptedRunError: by SIGINT or SIGTERM; the step under way was finished and a checkpoint kept.
         DivergedError: losses or gradients are no numbers, at a quarter of the learning rate too.
     """
-    console = console or Console(stderr=True)
     began = time.perf_counter()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("trivet trains in one process so far; start it without torchrun or accelerate launch")
+    processes.join(pick_device(config.model.device))
+    if not processes.first():
+        console = Console(quiet=True)
+    console = console or Console(stderr=True)
     if config.training.keep_freed_memory:
         keep_freed_memory()
     folder = RunFolder(Path(config.output_dir))
-    folder.check_free(resume=resume, overwrite=overwrite)
-    if resume:
-        check_same(config, load_config(folder.config), folder, force=force)
-    ready, fresh = prepare(config, console, **datasets), not resume
-    checkpoint = newest_checkpoint(folder.checkpoints) if resume else None
+    if processes.first():
+        folder.check_free(resume=resume, overwrite=overwrite)
+        if resume:
+            last = newest_checkpoint(folder.checkpoints)
+            then = processes_of(last) if last else processes.count()
+            check_same(config, load_config(folder.config), folder, then, force=force)
+    processes.wait()
+    ready = prepare(config, console, **datasets)
+    checkpoint = _last(folder) if resume else None
     if checkpoint is not None and not force:
         check_data(ready.splits, checkpoint)
-    rate = notes_of(checkpoint)["rate"] if checkpoint else 1.0
+    outcome: Outcome | None = None
+    with _place(folder) as place:
+        trained = _train(ready, folder, place, console, datasets, resume=resume, checkpoint=checkpoint)
+        if trained.proof is not None and place is not None:
+            outcome = _measure(trained, trained.proof, place, console, began)
+    told = processes.from_first(lambda: json.dumps(outcome.result))  # type: ignore[union-attr] # the first has one
+    return outcome or Outcome(trained.ready.session, json.loads(told), None)
+
+
+def _last(folder: RunFolder) -> Path | None:
+    """The newest whole checkpoint, the same for every process."""
+    found = processes.from_first(lambda: str(newest_checkpoint(folder.checkpoints) or ""))
+    return Path(found) if found else None
+
+
+@contextlib.contextmanager
+def _place(folder: RunFolder) -> Iterator[RunFolder | None]:
+    """Where this process puts what is made of a trained adapter; None where it has no part in that.
+
+    A base model that is shared out runs in all processes or in none, so all go through the same, for nothing.
+    """
+    if processes.first():
+        yield folder
+    elif processes.sharded():
+        with tempfile.TemporaryDirectory() as scratch:
+            yield RunFolder(Path(scratch))
+    else:
+        yield None
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """A training that came to its end; the proof is of the adapter that was saved, where this process saved one."""
+
+    ready: Prepared
+    trainer: Trainer
+    log: RunLog
+    proof: Proof | None
+
+
+def _train(
+    ready: Prepared,
+    folder: RunFolder,
+    place: RunFolder | None,
+    console: Console,
+    datasets: dict[str, Any],
+    *,
+    resume: bool,
+    checkpoint: Path | None,
+) -> _Trained:
+    """Train and save, from `checkpoint` if there is one; where training diverges, again at half the learning rate."""
+    rate, fresh = notes_of(checkpoint)["rate"] if checkpoint else 1.0, not resume
     while True:
-        log_callback = RunLog(folder.log, console)
+        log_callback, proof = RunLog(folder.log, console), None
         try:
             with _writing(folder, log_callback, fresh=fresh):
                 trainer = _fit(ready, folder, console, log_callback, resume=resume, checkpoint=checkpoint, rate=rate)
-                proof = save_adapter(
-                    ready.session.model,
-                    folder.adapter,
-                    ready.session.probe(ready.train_rows),
-                    tokenizer=ready.session.tokenizer,
-                    notes=ready.session.notes(),
-                )
+                if place is not None:
+                    session = ready.session
+                    probe, notes = session.probe(ready.train_rows), session.notes()
+                    proof = save_adapter(session.model, place.adapter, probe, tokenizer=session.tokenizer, notes=notes)
         except DivergedError as error:
             if rate <= 0.5**ROLLBACKS:
                 raise
-            rate, checkpoint, resume = rate / 2, newest_checkpoint(folder.checkpoints), True
+            rate, checkpoint, resume = rate / 2, _last(folder), True
             say(console, f"{error}\ngoing back to the last checkpoint, at {rate:g} of the learning rate")
-            ready = prepare(config, Console(quiet=True), **datasets)  # ranks may have changed since that checkpoint
+            # ranks may have changed since that checkpoint
+            ready = prepare(ready.config, Console(quiet=True), **datasets)
             continue
-        say(console, f"adapter saved to {folder.adapter}; {proof}")
-        return _measure(ready, folder, console, trainer, log_callback, proof, began)
+        if proof is not None:
+            say(console, f"adapter saved to {folder.adapter}; {proof}")
+        return _Trained(ready, trainer, log_callback, proof)
 
 
 def _fit(
@@ -130,8 +184,7 @@ def _fit(
     rate: float,
 ) -> Trainer:
     """Train to the end, from `checkpoint` if there is one. Raises `InterruptedRunError` where a signal ended it."""
-    folder.begin(dump(ready.config), resume=resume)
-    tidy(folder.checkpoints)
+    _begin(folder, dump(ready.config), resume=resume)
     interruption = Interruption(console)
     trainer = make_trainer(ready, folder, log_callback, interruption, rate=rate)
     if resume:
@@ -151,20 +204,29 @@ def _fit(
     return trainer
 
 
-def _measure(
-    ready: Prepared,
-    folder: RunFolder,
-    console: Console,
-    trainer: Trainer,
-    log_callback: RunLog,
-    proof: Proof,
-    began: float,
-) -> Outcome:
+def _begin(folder: RunFolder, config_text: str, *, resume: bool) -> None:
+    """Make the run folder, once every process is ready to train.
+
+    Raises:
+        ConfigError: a process does not see it.
+    """
+    processes.wait()
+    if processes.first():
+        folder.begin(config_text, resume=resume)
+        tidy(folder.checkpoints)
+    processes.wait()
+    if not folder.config.exists():
+        raise ConfigError(f"output_dir {folder.path}: must be on a disk that all machines share; process "
+                          f"{processes.index()} does not see it")  # fmt: skip
+
+
+def _measure(trained: _Trained, proof: Proof, folder: RunFolder, console: Console, began: float) -> Outcome:
     """Evaluate base and tuned, and write what was found out.
 
     Raises:
         StorageError: at the very end, where something on the way could not be written.
     """
+    ready, trainer = trained.ready, trained.trainer
     session, ranks = ready.session, trainer.ranks
     which = "test" if ready.splits.test is not None else "validation"
     evaluation = None
@@ -177,7 +239,7 @@ def _measure(
         ready,
         trainer.state,
         ranks,
-        log_callback.tokens_per_second,
+        trained.log.tokens_per_second,
         proof,
         evaluation,
         which,
@@ -191,91 +253,12 @@ def _measure(
         rank_path(result["rank_history"], seen, folder.rank_path)
         say(console, f"ranks and their path drawn in {folder.rank_map} and {folder.rank_path.name}")
     write_json(folder.result, result)
-    say(console, f"what was trained and how it went: {write_report(folder.path)}")
-    lost = [str(problem) for problem in (log_callback.unwritten, trainer.unsaved) if problem]
+    if processes.first():
+        say(console, f"what was trained and how it went: {write_report(folder.path)}")
+    lost = [str(problem) for problem in (trained.log.unwritten, trainer.unsaved) if problem]
     if lost:
         raise StorageError(f"run {folder.path}: the adapter and the result are whole, but on the way {'; '.join(lost)}")
     return Outcome(session, result, evaluation)
-
-
-def make_trainer(ready: Prepared, folder: RunFolder, log_callback: RunLog, *further: Any, rate: float = 1.0) -> Trainer:
-    """The Trainer for a prepared run, at a share `rate` of its learning rate; `further` are more callbacks."""
-    settings, session = ready.config.training, ready.session
-    held = ready.validation_rows
-    steps = planned_steps(ready.config, ready.train_rows)
-    if settings.packing:
-        check_packing(session, ready.train_rows)
-    every = settings.eval_steps or max(1, -(-steps // 5))
-    callbacks: list[Any] = [log_callback, *further]
-    if settings.early_stopping_patience is not None:
-        callbacks.append(EarlyStoppingCallback(settings.early_stopping_patience))
-    with _explained_arguments():
-        arguments = TrainingArguments(
-            output_dir=str(folder.checkpoints),
-            per_device_train_batch_size=settings.batch_size,
-            per_device_eval_batch_size=ready.config.evaluation.batch_size,
-            gradient_accumulation_steps=settings.gradient_accumulation_steps,
-            learning_rate=settings.learning_rate,
-            num_train_epochs=settings.num_epochs,
-            max_steps=settings.max_steps or -1,
-            warmup_steps=settings.warmup_ratio,
-            lr_scheduler_type=settings.lr_scheduler,
-            weight_decay=settings.weight_decay,
-            max_grad_norm=settings.max_grad_norm,
-            # The newer name, activation_checkpointing, is unknown to the transformers of Python 3.10.
-            gradient_checkpointing=settings.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
-            eval_strategy="steps" if held else "no",
-            eval_steps=every,
-            save_strategy="steps",
-            save_steps=every,
-            save_total_limit=settings.keep_checkpoints,
-            load_best_model_at_end=bool(held),
-            restore_callback_states_from_checkpoint=True,  # how patient early stopping still is
-            metric_for_best_model="eval_loss" if held else None,
-            greater_is_better=False if held else None,
-            logging_steps=1,
-            logging_nan_inf_filter=False,
-            seed=settings.seed,
-            data_seed=settings.seed,
-            dataloader_num_workers=settings.num_workers,
-            dataloader_pin_memory=session.base.device.type == "cuda",
-            remove_unused_columns=False,
-            report_to=settings.report_to or "none",
-            disable_tqdm=True,
-            use_cpu=session.base.device.type == "cpu",
-        )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # torch's DataParallel would split batches behind our loss
-    trainer = Trainer(
-        session.model,
-        args=arguments,
-        task=session.base.task,
-        train_rows=ready.train_rows,
-        validation_rows=held,
-        collator=replace(session.collator, packed=settings.packing),
-        optimizer=partial(optimizer, head_learning_rate=settings.head_learning_rate),
-        callbacks=callbacks,
-        tokenizer=session.tokenizer,
-        z_loss=settings.z_loss,
-        batches=token_batches(ready.config, ready.train_rows),
-        origins=ready.summary.origins,
-        notes={"data": ready.splits.fingerprints()},
-        rate=rate,
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    log_callback.bind(trainer)
-    return trainer
-
-
-@contextlib.contextmanager
-def _explained_arguments() -> Iterator[None]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of the old name above
-            yield
-    except (ValueError, ImportError, RuntimeError) as error:
-        raise ConfigError(f"training: these settings can't be used together or here: {error}") from error
 
 
 @contextlib.contextmanager
@@ -286,7 +269,7 @@ def _writing(folder: RunFolder, log_callback: RunLog, *, fresh: bool) -> Iterato
             yield
     except BaseException as error:
         log_callback.close()
-        if fresh and not any(folder.checkpoints.glob("checkpoint-*")):
+        if fresh and processes.first() and not any(folder.checkpoints.glob("checkpoint-*")):
             with contextlib.suppress(OSError):  # the error at hand says more
                 folder.clear()
         if isinstance(error, torch.OutOfMemoryError):

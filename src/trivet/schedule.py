@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trivet import processes
 from trivet.config import Config
 from trivet.data.batch import MULTIPLE, tokens_of
 from trivet.data.encode import Encoded
@@ -19,10 +20,24 @@ def token_batches(config: Config, rows: list[Encoded]) -> TokenBudgetSampler | N
 
 
 def planned_steps(config: Config, rows: list[Encoded]) -> int:
-    """Optimizer steps of the whole run on one device."""
+    """Optimizer steps of the whole run, in as many processes as there are."""
     settings = config.training
     if settings.max_steps is not None:
         return settings.max_steps
     grouped = token_batches(config, rows)
     batches = -(-len(rows) // settings.batch_size) if grouped is None else len(grouped)
-    return max(1, round(-(-batches // settings.gradient_accumulation_steps) * settings.num_epochs))
+    step = settings.gradient_accumulation_steps * processes.count()
+    return max(1, round(-(-batches // step) * settings.num_epochs))
+
+
+#: Settings that may be others in another number of processes, for as long as `step_size` stays.
+STEP_KEYS = ("batch_size", "gradient_accumulation_steps")
+
+
+def step_size(config: Config, processes: int) -> str:
+    """What an optimizer step learns from, in words."""
+    settings = config.training
+    micro = settings.gradient_accumulation_steps * processes
+    if settings.max_tokens_per_batch is not None:
+        return f"{micro} batches of {settings.max_tokens_per_batch} tokens"
+    return f"{micro * settings.batch_size} rows a step"

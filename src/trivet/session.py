@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from trivet import processes
 from trivet.adapter.attach import attach
 from trivet.adapter.load import load_adapter, read_config, read_notes
 from trivet.adapter.validate import read_header
@@ -152,6 +153,7 @@ def begin(config: Config, train: Dataset) -> Session:
         method=config.method,
         batches=probe_batches(base, encoder, train, config.training) if looking else None,
         loss=partial(probe_loss, task=base.task),
+        reduce=processes.total if processes.count() > 1 else None,
         seed=config.training.seed,
         fast=config.training.fast,
     )
@@ -191,12 +193,13 @@ def check_packing(session: Session, rows: Sequence[Encoded]) -> None:
 def probe_batches(
     base: Base, encoder: TextEncoder | LabelEncoder, train: Dataset, training: TrainingConfig
 ) -> list[dict[str, torch.Tensor]]:
-    """The rows of four training batches, for methods that look at the data before they start."""
-    size = training.batch_size
+    """The rows of four training batches, for methods that look at the data before they start: this process's share."""
+    size = training.batch_size * processes.count()
     rows, _ = encode_dataset(train.shuffled(training.seed).take(4 * size), encoder)
     shift = base.model.prepare_decoder_input_ids_from_labels if base.task == "seq2seq" else None
     collator = Collator(base.tokenizer.pad_token_id, shift=shift)
-    return [to_device(collator(rows[i : i + size]), base.device) for i in range(0, len(rows), size)]
+    shares = [rows[i : i + size][processes.index() :: processes.count()] for i in range(0, len(rows), size)]
+    return [to_device(collator(share), base.device) for share in shares]
 
 
 def probe_loss(model: Any, batch: Mapping[str, torch.Tensor], *, task: str) -> tuple[torch.Tensor, int]:

@@ -88,7 +88,8 @@ def killed(config: Path, out: Path, number: int, lasts: float, chance: random.Ra
         child = forked(doomed, config, out, kind, *moment)
     _, status = os.waitpid(child, 0)
     kept = sorted(path.name for path in out.glob("checkpoints/checkpoint-*"))
-    return {"kind": kind, "moment": moment, "killed": os.WIFSIGNALED(status), "kept": kept}
+    ended = (out / "result.json").exists()  # killed while it tidied up, if at all: nobody resumes it
+    return {"kind": kind, "moment": moment, "killed": os.WIFSIGNALED(status), "kept": kept, "ended": ended}
 
 
 def resumed(config: Path, out: Path) -> bool:

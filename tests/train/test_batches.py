@@ -23,12 +23,13 @@ from trivet.data.encode import IGNORE, Encoded
 from trivet.errors import ConfigError
 from trivet.loss import training_loss
 from trivet.prepare import prepare
-from trivet.run import make_trainer, train
+from trivet.run import train
 from trivet.runfolder import RunFolder
 from trivet.schedule import planned_steps, token_batches
 from trivet.train.callback import RunLog
 from trivet.train.oom import Halver
 from trivet.train.sampler import TokenBudgetSampler
+from trivet.training import make_trainer
 
 ROWS = [{"prompt": "the cat " * (1 + i % 7), "completion": "ran to the red house " * (1 + i % 5)} for i in range(24)]
 

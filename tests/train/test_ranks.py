@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from conftest import colour_rows, save_tiny, write_jsonl
 from trivet.adapter.layers import adapted_layers
 from trivet.adapter.save import save_adapter
 from trivet.configio import dump, load
+from trivet.errors import ConfigError
 from trivet.rank.policy import parameters
 from trivet.run import Outcome, train
 from trivet.train.checkpoint import newest_checkpoint, step_of
@@ -116,6 +118,15 @@ def test_checkpoints_shrink(place: Path, tmp_path: Path) -> None:
 def causal(place: Path, method: Any) -> Any:
     torch.manual_seed(0)
     return trivet.attach(hf.AutoModelForCausalLM.from_pretrained(place / "llama"), lora_rank=2, method=method)
+
+
+def test_in_several_processes_other_trainers_are_refused_a_change_of_rank(place: Path) -> None:
+    """Whatever wraps the model there would go on with the old sizes."""
+    several = SimpleNamespace(world_size=2, seed=0)
+    state = SimpleNamespace(global_step=0, max_steps=20)
+    with pytest.raises(ConfigError, match="only trivet's own training can change ranks"):
+        trivet.callback(causal(place, METHODS["squeeze"])).on_train_begin(several, state, None)
+    trivet.callback(causal(place, "lora")).on_train_begin(several, state, None)
 
 
 def ours(model: Any) -> dict[str, Any]:

@@ -45,6 +45,7 @@ def attach(
     method: Any = "lora",
     batches: Iterable[Mapping[str, torch.Tensor]] | None = None,
     loss: Callable[[Any, Mapping[str, torch.Tensor]], tuple[torch.Tensor, int]] | None = None,
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
     seed: int = 42,
     fast: bool = True,
 ) -> PeftModel:
@@ -63,6 +64,7 @@ def attach(
             out the other two legs in the training.
         batches: a few batches of model inputs with labels, for methods that look at the data first.
         loss: (model, batch) -> (mean loss, number of items in it) for those batches; default: the model's own loss.
+        reduce: sums a tensor over processes, where each has its own share of `batches`.
         seed: seeds the factors, independent of torch's global state.
         fast: replace adapted layers, attention (on CPUs) and norms by faster ones that compute the same.
 
@@ -116,7 +118,8 @@ def attach(
     total = sum(p.numel() for p in adapted.parameters()) - sum(x.A.numel() + x.B.numel() for x in layers)
     statistics: Mapping[str, LayerStatistics] | None = None
     if parts.needs_probe and batches is not None:
-        statistics = probe(adapted, layers, batches, sketch=4 * policy.widest(layers, total), seed=seed, loss=loss)
+        sketch = 4 * policy.widest(layers, total)
+        statistics = probe(adapted, layers, batches, sketch=sketch, seed=seed, loss=loss, reduce=reduce)
     set_ranks(adapted, policy.start(layers, statistics, total))
     _start(parts, adapted_layers(adapted), statistics, seed)
     write_patterns(adapted)

@@ -102,6 +102,11 @@ class AdaptedLayer:
         found = [p for part in parts for p in ([part] if isinstance(part, nn.Parameter) else part.parameters())]
         return [p for p in found if p.requires_grad]
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All that the factors hold, trained or frozen."""
+        parts = [self._factor(side) for side in "AB"]
+        return [t for p in parts for t in ([p] if isinstance(p, nn.Parameter) else [*p.parameters(), *p.buffers()])]
+
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(A, B) of the whole update ΔW = s B A, detached: of rank 2 r for an offset."""
         parts = [self._factor(side) for side in "AB"]

@@ -14,13 +14,13 @@ from typing import Annotated, Any
 
 import typer
 
-from trivet import __version__
+from trivet import __version__, processes
 from trivet.errors import ConfigError, TrivetError, masked
 
 #: In the order in which `trivet --help` lists them; each is a file of this folder.
 VERBS = (
-    "init", "validate", "plan", "train", "evaluate", "compare", "report", "inspect", "compress", "generate", "chat",
-    "merge", "export", "verify", "methods",
+    "init", "validate", "plan", "train", "sweep", "evaluate", "compare", "report", "inspect", "compress", "generate",
+    "chat", "merge", "export", "verify", "methods",
 )  # fmt: skip
 
 app = typer.Typer(
@@ -64,7 +64,7 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
 def _fail(message: str, code: int, error: BaseException | None = None) -> None:
     if _State.debug and error is not None:
         raise error
-    typer.echo(f"error: {masked(message)}", err=True)
+    processes.say_once(lambda: typer.echo(f"error: {masked(message)}", err=True))
     raise typer.Exit(code)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trivet import processes
 from trivet.cli.app import split_arguments, verb
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ def register(app: typer.Typer) -> None:
             if Path(config.output_dir).exists():  # what has no checkpoint yet is removed
                 typer.echo(f"run folder {config.output_dir} keeps its checkpoints; --resume goes on with it", err=True)
             raise
+        if not processes.first():
+            return
         if outcome.evaluation is not None:
             show(outcome.evaluation)
         result = outcome.result

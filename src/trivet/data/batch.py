@@ -37,6 +37,9 @@ class Collator:
         return replace(self, packed=False)
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+        """The batch; `{}` of no rows."""
+        if not rows:
+            return {}
         if self.packed:
             return self._pack(rows)
         length = self._round(max(len(row["input_ids"]) for row in rows))

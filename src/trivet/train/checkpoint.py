@@ -146,3 +146,8 @@ def step_of(path: Path) -> int:
         return int(json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
     except (OSError, ValueError, KeyError) as error:
         raise AdapterError(f"checkpoint {path}: trainer_state.json can't be read: {error}") from error
+
+
+def processes_of(path: Path) -> int:
+    """How many processes wrote a checkpoint: each leaves its random state."""
+    return len(list(path.glob("rng_state*.pth")))

@@ -8,9 +8,10 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from rich.console import Console
 from transformers import TrainerCallback
+
+from trivet import processes
 
 
 class Interruption(TrainerCallback):  # type: ignore[misc]
@@ -44,17 +45,13 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
         name = signal.Signals(number).name
         self.console.print(f"{name}: finishing the step and saving it; once more to stop at once", highlight=False)
 
-    def _stop(self, args: Any, control: Any) -> None:
-        number = torch.tensor(self.signal or 0)
-        if args.world_size > 1:
-            number = number.to(args.device)
-            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
-        if number:
-            self.signal = int(number)
+    def _stop(self, control: Any) -> None:
+        if number := processes.largest(self.signal or 0):
+            self.signal = number
             control.should_training_stop = control.should_save = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._stop(args, control)
+        self._stop(control)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._stop(args, control)  # a validation may have taken minutes
+        self._stop(control)  # a validation may have taken minutes

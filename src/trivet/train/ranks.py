@@ -13,10 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from trivet import processes
 from trivet.adapter.layers import AdaptedLayer, Change, adapted_layers
 from trivet.adapter.plan import plan_of
 from trivet.adapter.resize import match, resize, tried
-from trivet.errors import AdapterError
+from trivet.errors import AdapterError, ConfigError
 from trivet.probe import Collector
 from trivet.rank.policy import Situation, parameters
 from trivet.runfolder import write_json
@@ -31,6 +32,8 @@ class RankCallback(TrainerCallback):  # type: ignore[misc]
     >>> trainer = SFTTrainer(model=model, callbacks=[trivet.callback(model)], optimizers=(optimizer, None), ...)
 
     A change of rank makes earlier validations incomparable, so the best checkpoint is looked for anew after it.
+
+    Of several processes each decides for itself, from sums over all of them, which are the same to the bit in each.
     """
 
     def __init__(
@@ -73,9 +76,15 @@ class RankCallback(TrainerCallback):  # type: ignore[misc]
     def _changed(self) -> None:
         self._layers = self._parameters = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        if args.world_size > 1 and self.policy.moving and self.items is None:
+            raise ConfigError("in several processes only trivet's own training can change ranks; others wrap the model")
+        self._agree(optimizer)
         if not self.policy.settled(state.global_step, state.max_steps):
-            self.collector = Collector(self.layers, sketch=self.policy.sketch, seed=args.seed, decay=0.95)
+            reduce = processes.total if args.world_size > 1 else None
+            self.collector = Collector(
+                self.layers, sketch=self.policy.sketch, seed=args.seed, decay=0.95, reduce=reduce
+            )
             if self._restored:
                 self.collector.load_state_dict(self._restored)
 
@@ -96,16 +105,18 @@ class RankCallback(TrainerCallback):  # type: ignore[misc]
             self.seconds += time.perf_counter() - began
 
     def skip(self) -> None:
-        """Learn nothing from this step: its gradients are no numbers."""
-        self.give_up()
-        self._skipped = True
-
-    def give_up(self) -> None:
-        """Measure nothing in this step: a backward pass broke off in it."""
+        """Learn nothing from this step, in any process: its gradients are no numbers."""
         if self.collector is not None and self._measuring:
             self.collector.off()
             self.collector.discard()
             self._measuring = False
+        self._skipped = True
+
+    def give_up(self) -> None:
+        """Measure nothing in this step: a backward pass broke off in it, in this process at least."""
+        if self.collector is not None and self._measuring:
+            self.collector.off()
+            self.collector.spoil()
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         if self.collector is None:
@@ -132,6 +143,16 @@ class RankCallback(TrainerCallback):  # type: ignore[misc]
             self._changed()
             self.collector.drop([name for name, change in changes.items() if change.rank == 0])
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        self._agree(optimizer)
+
+    def _agree(self, optimizer: Any) -> None:
+        """Give every process the first one's adapter and optimizer state: processors may differ in their last bits."""
+        if processes.count() == 1 or self.items is None:  # other Trainers do what they do
+            return
+        processes.check_same("ranks", json.dumps({layer.name: layer.rank for layer in self.layers}))
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        kept = [t for p in trained for t in getattr(optimizer, "state", {}).get(p, {}).values() if torch.is_tensor(t)]
+        processes.copy_from_first([*trained, *(t for layer in self.layers for t in layer.tensors()), *kept])
 
     def _after(self, changes: Mapping[str, Change]) -> torch.Tensor:
         """The validation losses as they would be after `changes`."""

@@ -6,6 +6,8 @@ transformers' own samplers draw from torch's global state, so a resumed run woul
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
 
 import torch
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -67,6 +69,35 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
         if self.epoch == 0:  # rows are sorted by length, so the first batch has the longest
             batches.sort(key=lambda batch: batch is not self.batches[0])
         return iter(batches)
+
+
+class Share(torch.utils.data.Sampler[list[int]]):
+    """One process's part of every micro-step; all have as many micro-steps, and together every row once.
+
+    The rows of a micro-step are dealt out one by one, those of a token budget batch by batch. At the end of a pass a
+    process may get none: `[]`.
+
+    Args:
+        sampler: rows, or batches of rows; the same in every process.
+        batch_size: rows for each process and micro-step; None where `sampler` gives batches.
+        index, count: this process, and how many there are.
+    """
+
+    def __init__(self, sampler: Any, batch_size: int | None, index: int, count: int) -> None:
+        self.sampler, self.batch_size, self.index, self.count = sampler, batch_size, index, count
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each pass, also when it resumes in the middle of one."""
+        self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return -(-len(self.sampler) // (self.count * (self.batch_size or 1)))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        parts = iter(self.sampler)
+        while together := list(islice(parts, self.count * (self.batch_size or 1))):
+            mine = together[self.index :: self.count]
+            yield mine if self.batch_size else mine[0] if mine else []
 
 
 def rows_of_step(

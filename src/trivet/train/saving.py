@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from transformers.trainer_callback import ExportableState
 
+from trivet import processes
 from trivet.errors import StorageError
 from trivet.runfolder import storage
 from trivet.train.checkpoint import damage, finish, notes_of, rotate, start, unfinished
@@ -69,7 +69,7 @@ class CheckpointTrainer(transformers.Trainer):  # type: ignore[misc]
                         part()
             except StorageError as error:
                 problem = error
-            if self._anywhere(problem is not None):
+            if processes.largest(int(problem is not None)):
                 self._go_on_without(folder, problem)
                 return
         if main:
@@ -90,12 +90,6 @@ class CheckpointTrainer(transformers.Trainer):  # type: ignore[misc]
                     self.state.stateful_callbacks[type(callback).__name__] = callback.state()
             self.state.save_to_json(str(folder / "trainer_state.json"))
             self.ranks.save(folder)
-
-    def _anywhere(self, here: bool) -> bool:
-        """Whether it is so in any process; they wait for each other."""
-        if self.args.world_size == 1:
-            return here
-        return bool(self.accelerator.reduce(torch.tensor(int(here), device=self.args.device), "sum"))
 
     def _go_on_without(self, folder: Path, problem: StorageError | None) -> None:
         """Forget a checkpoint that could not be written; the best one is then the best of those before."""

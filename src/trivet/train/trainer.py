@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import transformers
+from accelerate.data_loader import prepare_data_loader
 
+from trivet import processes
 from trivet.data.batch import Collator, tokens_in
 from trivet.data.encode import IGNORE, Encoded
 from trivet.errors import DivergedError
@@ -17,8 +20,9 @@ from trivet.loss import training_loss
 from trivet.train.numbers import LIMIT, Watch, listed
 from trivet.train.oom import Halver
 from trivet.train.ranks import RankCallback
-from trivet.train.sampler import LengthSampler, TokenBudgetSampler, rows_of_step
+from trivet.train.sampler import LengthSampler, Share, TokenBudgetSampler, rows_of_step
 from trivet.train.saving import CheckpointTrainer
+from trivet.train.shard import shard
 
 #: The update rule: model, learning_rate=, weight_decay= -> optimizer.
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
@@ -29,10 +33,11 @@ class Trainer(CheckpointTrainer):
 
     A step's loss is the mean over all supervised tokens of all its micro-batches on all devices, whatever the
     architecture; validation likewise is the mean over tokens, not over batches. A step whose loss or gradient is not
-    finite changes nothing. A checkpoint that can't be written is done without.
+    finite changes nothing. A checkpoint that can't be written is done without. Processes sum their gradients once a
+    step: of an adapter these are few, and a change of rank needs no new wrapper.
 
     Raises (from `train`):
-        DivergedError: three such steps in a row, or no other step before the end.
+        DivergedError: three steps in a row without finite numbers, or no other step before the end.
     """
 
     loss_is_scaled_for_ga = True
@@ -85,24 +90,34 @@ class Trainer(CheckpointTrainer):
             callbacks=[self.ranks, *callbacks],
             processing_class=tokenizer,
         )
+        if self.args.process_index:  # transformers seeds all alike: they would drop out the same entries of other rows
+            torch.manual_seed(self.args.seed + self.args.process_index)
+        if processes.sharded():
+            shard(self.model)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The accelerator, which leaves the model as it is: the gradients are summed here."""
+        super().create_accelerator_and_postprocess()
+        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthSampler:
         rows = self.train_dataset if train_dataset is None else train_dataset
-        step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return LengthSampler([len(row["input_ids"]) for row in rows], step, self.args.seed)
 
     def get_train_dataloader(self) -> Any:
-        """Batches of the training rows; every process takes its share of them."""
-        if self.batches is None:
-            return super().get_train_dataloader()
+        """Batches of this process's share of the training rows."""
+        sampler, size = self.batches or self._get_train_sampler(), None if self.batches else self.args.train_batch_size
         loader = torch.utils.data.DataLoader(
             self.train_dataset,  # type: ignore[arg-type]
-            batch_sampler=self.batches,
+            batch_sampler=Share(sampler, size, self.args.process_index, self.args.world_size),
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
-        return self.accelerator.prepare(loader)
+        return prepare_data_loader(
+            loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
+        )  # shared out already
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The micro-batches of one step and the number of supervised items in them, over all devices."""
@@ -111,33 +126,49 @@ class Trainer(CheckpointTrainer):
             batches.append(batch)
         if not batches:
             return batches, None
+        filled = [batch for batch in batches if batch]
         if self.task in ("classification", "regression"):  # where -100 may be a label
-            items = sum(batch["labels"].numel() for batch in batches)
+            items = sum(batch["labels"].numel() for batch in filled)
         else:  # labels of first tokens are -100 already, so causal and aligned labels are counted alike
-            items = sum((batch["labels"] != IGNORE).sum() for batch in batches)
-        tokens = sum(tokens_in(batch) for batch in batches)
+            items = sum((batch["labels"] != IGNORE).sum() for batch in filled)
+        tokens = sum(tokens_in(batch) for batch in filled)
         if self.task == "seq2seq":
             tokens = tokens + items
-        counts = torch.stack([torch.as_tensor(items), torch.as_tensor(tokens)]).to(device)
-        if self.args.world_size > 1:
-            counts = self.accelerator.reduce(counts, "sum")
+        counts = processes.total(torch.stack([torch.as_tensor(items), torch.as_tensor(tokens)]).to(device))
         self.step_supervised, self.step_tokens = (int(c) for c in counts)
         return batches, counts[0]
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward pass of a micro-batch, in halves where memory has no room for it."""
         step = super().training_step
-        if self.args.world_size > 1 or self.collator.packed:  # processes step together; packed rows are one
-            return self.watch.loss(step(model, inputs, num_items_in_batch))
-        return self.watch.loss(self.halver.run(lambda batch: step(model, batch, num_items_in_batch), inputs))
+        if not inputs:  # at the end of a pass, where other processes have the last rows
+            loss = torch.zeros((), device=self.args.device)
+            if processes.sharded():  # they need this one's part of the weights: of this row nothing is learned
+                loss = step(model, self.collator(self.train_dataset[:1]), math.inf)  # type: ignore[index]
+        elif self.collator.packed or processes.sharded():  # packed rows are one; shared weights are read by all at once
+            loss = step(model, inputs, num_items_in_batch)
+        else:
+            loss = self.halver.run(lambda batch: step(model, batch, num_items_in_batch), inputs)
+        loss = self.watch.loss(loss)
+        if self.accelerator.sync_gradients:
+            self._sum_gradients()
+        return loss * self.args.world_size  # transformers logs the mean over processes
+
+    def _sum_gradients(self) -> None:
+        """Make every process's gradients those of the whole step. One that has none anywhere stays without."""
+        if self.args.world_size == 1:
+            return
+        trained = self._trained()
+        there = torch.tensor([float(p.grad is not None) for p in trained], device=self.args.device)
+        parts = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in trained]
+        there, *sums = processes.total(torch.cat([there, *parts])).split([len(trained), *map(len, parts)])
+        for p, anywhere, total in zip(trained, there.tolist(), sums, strict=True):
+            p.grad = total.view_as(p).to(p.dtype) if anywhere else None
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """The gradient's norm; where it or the loss is not finite, the step is not taken."""
+        """The gradient's norm; where it or the loss is not finite, the step is not taken, in any process."""
         norm = super()._get_grad_norm(model, grad_norm)
-        loss = self.watch.total()
-        if self.args.world_size > 1:
-            loss = self.accelerator.reduce(loss, "sum")  # so that all processes decide alike
-        if not self.watch.step(float(loss), float(norm)):
+        if not self.watch.step(float(processes.total(self.watch.total())), float(norm)):
             # accelerate's own switch: its optimizer waits for the gradients of a step that is not complete
             self.accelerator.gradient_state._set_sync_gradients(False)
             self.ranks.skip()
@@ -171,10 +202,9 @@ class Trainer(CheckpointTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The training loss of a micro-batch; gradients are averaged over processes, so theirs are summed before."""
+        """The training loss of a micro-batch: its share of the step's mean."""
         labels = inputs.pop("labels")
         loss = training_loss(model, inputs, labels, num_items_in_batch, task=self.task, z_loss=self.z_loss)
-        loss = loss * self.args.world_size
         return (loss, None) if return_outputs else loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -190,11 +220,9 @@ class Trainer(CheckpointTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Token-weighted loss and accuracy on the validation rows, each process scoring its share of them."""
+        """Token-weighted loss and accuracy on the validation rows."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        sums = self._score(rows[self.args.process_index :: self.args.world_size]).sum(1)
-        if self.args.world_size > 1:
-            sums = self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
+        sums = self._score(rows).sum(1)
         loss, right_share = (sums[:2] / sums[2]).tolist()
         metrics = {f"{metric_key_prefix}_loss": loss}
         if self.task != "regression":
@@ -210,13 +238,20 @@ class Trainer(CheckpointTrainer):
         forward pass being a third of a training step).
         """
         affordable = max(64, int(0.2 * 3 / 8 * self.state.max_steps * self.args.train_batch_size
-                                 * self.args.gradient_accumulation_steps))  # fmt: skip
+                                 * self.args.gradient_accumulation_steps * self.args.world_size))  # fmt: skip
         order = torch.randperm(len(self.eval_dataset), generator=torch.Generator().manual_seed(self.args.seed))  # type: ignore[arg-type]
         rows = [self.eval_dataset[i] for i in order[:affordable].tolist()]  # type: ignore[index]
         losses, _, weight = self._score(rows)
         return losses / weight.mean()
 
     def _score(self, rows: Any) -> torch.Tensor:
-        """Per row: summed loss, right answers, and items; (3, rows) float64."""
+        """Per row: summed loss, right answers, and items; (3, rows) float64. Each process scores its share of them."""
         model, size = self.accelerator.unwrap_model(self.model), self.args.per_device_eval_batch_size
-        return row_scores(model, rows, self.collator.padded(), task=self.task, batch_size=size)
+        score = partial(row_scores, model, collator=self.collator.padded(), task=self.task, batch_size=size)
+        index, count = self.args.process_index, self.args.world_size
+        if count == 1 or processes.sharded():  # with shared weights all go through the same forward passes
+            return score(rows)
+        scores = torch.zeros(3, len(rows), dtype=torch.float64)
+        if mine := rows[index::count]:
+            scores[:, index::count] = score(mine)
+        return processes.total(scores)

@@ -1,0 +1,1 @@
+"""A grid of settings, each trained with several seeds: one run a folder, one table at the end."""
