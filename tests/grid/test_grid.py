@@ -42,7 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "auto": {"start_rank": 6},
 }
 #: Rates at which each rule learns this task in so few steps.
-RATES = {"muon": 0.1, "adamw": 0.03, "lora_plus": 0.01}
+RATES = {"muon": 0.1, "adamw": 0.03, "lora_plus": 0.005}
 CORES = ("core", "cur", "tensor_cur")
 COMBINATIONS = list(itertools.product(PARTS["decompose"], PARTS["rank"], PARTS["update"]))
 

@@ -120,9 +120,12 @@ def causal(place: Path, method: Any) -> Any:
     return trivet.attach(hf.AutoModelForCausalLM.from_pretrained(place / "llama"), lora_rank=2, method=method)
 
 
-def test_in_several_processes_other_trainers_are_refused_a_change_of_rank(place: Path) -> None:
+def test_in_several_processes_other_trainers_are_refused_a_change_of_rank(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever wraps the model there would go on with the old sizes."""
-    several = SimpleNamespace(world_size=2, seed=0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    several = SimpleNamespace(seed=0)
     state = SimpleNamespace(global_step=0, max_steps=20)
     with pytest.raises(ConfigError, match="only trivet's own training can change ranks"):
         trivet.callback(causal(place, METHODS["squeeze"])).on_train_begin(several, state, None)

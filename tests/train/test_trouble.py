@@ -357,7 +357,7 @@ def test_a_run_that_memory_has_no_room_for_goes_on_in_halves_with_equal_losses(t
     write_jsonl(tmp_path / "train.jsonl", [{"text": "the cat sat on the mat and the dog ran " * 50}] * 200)
     (tmp_path / "limited.py").write_text(LIMITED)
     losses = {}
-    for room in (0, 48 * 2**20):
+    for room in (0, 16 * 2**20):
         out = tmp_path / f"run{room}"
         settings = {
             "data.train": str(tmp_path / "train.jsonl"),

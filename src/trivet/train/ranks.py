@@ -77,11 +77,11 @@ class RankCallback(TrainerCallback):  # type: ignore[misc]
         self._layers = self._parameters = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-        if args.world_size > 1 and self.policy.moving and self.items is None:
+        if processes.count() > 1 and self.policy.moving and self.items is None:
             raise ConfigError("in several processes only trivet's own training can change ranks; others wrap the model")
         self._agree(optimizer)
         if not self.policy.settled(state.global_step, state.max_steps):
-            reduce = processes.total if args.world_size > 1 else None
+            reduce = processes.total if processes.count() > 1 else None
             self.collector = Collector(
                 self.layers, sketch=self.policy.sketch, seed=args.seed, decay=0.95, reduce=reduce
             )
