@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,15 @@ def test_a_spike_is_logged_with_its_rows(place: Path, tmp_path: Path, monkeypatc
 # -- signals -------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def foreground() -> Iterator[None]:
+    """As in a terminal: the tests themselves may run in the background, where SIGINT is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("foreground")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_its_step_and_resuming_gives_the_same(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
@@ -267,6 +277,7 @@ def signalled(monkeypatch: pytest.MonkeyPatch, number: signal.Signals, step: int
     monkeypatch.setattr(trivet.train.trainer.Trainer, "compute_loss", compute_loss)
 
 
+@pytest.mark.usefixtures("foreground")
 def test_a_second_signal_ends_it_at_once(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compute = trivet.train.trainer.Trainer.compute_loss
 
