@@ -55,7 +55,7 @@ def main() -> None:
         print(f"  {'written:':<9}{row['references'][0]}")
 
     picture = plot(folder)
-    print(f"\nrun folder {folder}: adapter/ (plain PEFT), result.json, log.jsonl, {picture.name}")
+    print(f"\nrun folder {folder}: adapter/ (plain PEFT), result.json, log.jsonl, {picture.name}, report.html")
     print(f"try: trivet chat {folder}   or: trivet merge {folder} merged/")
 
 
