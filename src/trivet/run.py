@@ -195,12 +195,14 @@ def _fit(
     with interruption.watching():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if interruption.signal:
-        raise InterruptedRunError(
-            f"interrupted by {signal.Signals(interruption.signal).name} after step {trainer.state.global_step}"
-            + (f"; {trainer.unsaved}" if trainer.unsaved else f", which is kept in {folder.checkpoints}")
-            + f". Go on with: trivet train {folder.config} --resume",
-            signal=interruption.signal,
-        )
+        step = trainer.state.global_step
+        then = f"Go on with: trivet train {folder.config} --resume"
+        if (folder.checkpoints / f"checkpoint-{step}").is_dir():
+            kept = f", which is kept in {folder.checkpoints}. {then}"
+        else:
+            kept = f"; {trainer.unsaved}. {then}" if trainer.unsaved else ", before anything was learned"
+        name = signal.Signals(interruption.signal).name
+        raise InterruptedRunError(f"interrupted by {name} after step {step}{kept}", signal=interruption.signal)
     return trainer
 
 
