@@ -16,6 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from short_run import ROWS, SETTINGS, configured, furnish, logged, same, weights
 
 from conftest import colour_rows, save_tiny, write_jsonl
 from trivet.adapter.layers import adapted_layers
@@ -25,56 +26,22 @@ from trivet.run import Outcome, train
 from trivet.train.checkpoint import damage, newest_checkpoint, step_of
 from trivet.train.trainer import LengthSampler
 
-SETTINGS: dict[str, Any] = {
-    "model.dtype": "float32",
-    "model.device": "cpu",
-    "model.lora_dropout": 0.1,  # so that the random state has to come back too
-    "training.batch_size": 4,
-    "training.learning_rate": 1e-2,
-    "training.max_steps": 12,
-    "training.eval_steps": 3,
-    "training.keep_checkpoints": 9,
-    "evaluation.generate": False,
-    "evaluation.resamples": 10,
-}
-
-#: 22 rows for training, of different lengths, so that 12 steps of 4 rows go through them more than twice.
-ROWS = [{"prompt": "the cat " * (1 + i % 7), "completion": "ran to the red house " * (1 + i % 5)} for i in range(24)]
+#: The random state has to come back too.
+DROPOUT = {"model.lora_dropout": 0.1}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model, its data, and a whole run of it."""
     folder = tmp_path_factory.mktemp("resume")
-    save_tiny("gpt2", folder / "gpt2")
-    write_jsonl(folder / "train.jsonl", ROWS)
+    furnish(folder)
     run(folder, folder / "whole")
     return folder
 
 
 def run(place: Path, out: Path, *, resume: bool = False, overwrite: bool = False, **settings: Any) -> Outcome:
-    values = {
-        "model.name": str(place / "gpt2"),
-        "data.train": str(place / "train.jsonl"),
-        "data.validation": 0.1,
-        "output_dir": str(out),
-        **SETTINGS,
-        **settings,
-    }
-    return train(load(values=values), resume=resume, overwrite=overwrite, console=Console(quiet=True))
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "adapter" / "adapter_model.safetensors")
-
-
-def same(one: Path, other: Path) -> bool:
-    first, second = weights(one), weights(other)
-    return first.keys() == second.keys() and all(torch.equal(t, second[name]) for name, t in first.items())
-
-
-def logged(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    config = configured(place, out, **DROPOUT, **settings)
+    return train(config, resume=resume, overwrite=overwrite, console=Console(quiet=True))
 
 
 def what_was_learned(out: Path) -> list[Any]:
@@ -131,7 +98,7 @@ def killed(folder: Path, times: int) -> list[dict[str, Any]]:
         "method": {"rank": {"name": "squeeze", "start_rank": 8}},
     }
     often = {"training.max_steps": 20, "training.eval_steps": 2, "training.keep_checkpoints": 2}
-    (folder / "config.yaml").write_text(dump(load(values={**values, **SETTINGS, **often})))
+    (folder / "config.yaml").write_text(dump(load(values={**values, **SETTINGS, **DROPOUT, **often})))
     done = subprocess.run(
         [sys.executable, str(KILLING), str(folder / "config.yaml"), "--times", str(times)],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,

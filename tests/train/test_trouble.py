@@ -18,70 +18,31 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from short_run import ROWS, configured, furnish, logged, same, weights
 
 import trivet.run
 import trivet.train.checkpoint
 import trivet.train.trainer
 from conftest import save_tiny, write_jsonl
-from trivet.configio import dump, load
+from trivet.configio import dump
 from trivet.errors import ConfigError, DivergedError, InterruptedRunError, StorageError
 from trivet.run import Outcome, train
 from trivet.train.checkpoint import notes_of, step_of
 from trivet.train.numbers import Spikes
 from trivet.train.sampler import LengthSampler, TokenBudgetSampler, rows_of_step
 
-SETTINGS: dict[str, Any] = {
-    "model.dtype": "float32",
-    "model.device": "cpu",
-    "training.batch_size": 4,
-    "training.learning_rate": 1e-2,
-    "training.max_steps": 12,
-    "training.eval_steps": 3,
-    "training.keep_checkpoints": 9,
-    "evaluation.generate": False,
-    "evaluation.resamples": 10,
-}
-ROWS = [{"prompt": "the cat " * (1 + i % 7), "completion": "ran to the red house " * (1 + i % 5)} for i in range(24)]
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trouble")
-    save_tiny("gpt2", folder / "gpt2")
-    write_jsonl(folder / "train.jsonl", ROWS)
+    furnish(folder)
     run(folder, folder / "whole")
     return folder
-
-
-def configured(place: Path, out: Path, **settings: Any) -> Any:
-    return load(
-        values={
-            "model.name": str(place / "gpt2"),
-            "data.train": str(place / "train.jsonl"),
-            "data.validation": 0.1,
-            "output_dir": str(out),
-            **SETTINGS,
-            **settings,
-        }
-    )
 
 
 def run(place: Path, out: Path, *, resume: bool = False, force: bool = False, **settings: Any) -> Outcome:
     config = configured(place, out, **settings)
     return train(config, resume=resume, force=force, console=Console(quiet=True))
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "adapter" / "adapter_model.safetensors")
-
-
-def same(one: Path, other: Path) -> bool:
-    first, second = weights(one), weights(other)
-    return first.keys() == second.keys() and all(torch.equal(t, second[name]) for name, t in first.items())
-
-
-def logged(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 # -- bad numbers ---------------------------------------------------------------------------------------------
