@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, ParamSpec, TypeVar
+from typing import IO
 
 import portalocker
 
 from trivet.errors import ConfigError
 
 log = logging.getLogger("trivet")
-P = ParamSpec("P")
-R = TypeVar("R")
 
 NAME = ".lock"
 #: Folders that this process holds. The system lets go of them when the process ends, also when it is killed.
@@ -80,14 +77,10 @@ def let_go() -> None:
             file.close()
 
 
-def releasing(function: Callable[P, R]) -> Callable[P, R]:
-    """A function that lets go of the folders which it took hold of, however it ends."""
-
-    @functools.wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> Any:
-        try:
-            return function(*args, **kwargs)
-        finally:
-            let_go()
-
-    return run
+@contextlib.contextmanager
+def releasing() -> Iterator[None]:
+    """Lets go of the folders that were taken hold of in it, however it ends."""
+    try:
+        yield
+    finally:
+        let_go()

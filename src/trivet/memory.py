@@ -17,6 +17,11 @@ def current_memory() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def gib(size: float) -> str:
+    """Bytes in GiB."""
+    return f"{size / 2**30:.1f} GiB"
+
+
 def peak_memory() -> int:
     """The most bytes held since the process began."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():

@@ -55,7 +55,7 @@ class Outcome:
 ROLLBACKS = 2
 
 
-@releasing
+@releasing()
 @processes.together()
 def train(
     config: Config,
@@ -90,13 +90,13 @@ def train(
     folder = RunFolder(Path(config.output_dir))
     if processes.first():
         folder.check_free(resume=resume, overwrite=overwrite)
-        if resume:
-            last = newest_checkpoint(folder.checkpoints)
-            then = processes_of(last) if last else processes.count()
-            check_same(config, load_config(folder.config), folder, then, force=force)
+    processes.wait()
+    checkpoint = _last(folder) if resume else None
+    if resume and processes.first():
+        then = processes_of(checkpoint) if checkpoint else processes.count()
+        check_same(config, load_config(folder.config), folder, then, force=force)
     processes.wait()
     ready = prepare(config, console, **datasets)
-    checkpoint = _last(folder) if resume else None
     if checkpoint is not None and not force:
         check_data(ready.splits, checkpoint)
     outcome: Outcome | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from trivet.adapter.attach import quiet_peft
 from trivet.adapter.schema import check_notes, read_json
 from trivet.adapter.validate import CONFIG, WEIGHTS, Stored, check_config, check_fit
 from trivet.errors import AdapterError, ConfigError
+from trivet.runfolder import sha256
 
 #: What trivet remembers beside PEFT's files: how to load the base again and how rows were put to it.
 NOTES = "trivet.json"
@@ -59,15 +59,11 @@ def read_checked(folder: Path) -> tuple[LoraConfig, Stored]:
 
 
 def checksum(file: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
+    """SHA-256 of a file of an adapter."""
     try:
-        with file.open("rb") as content:
-            while chunk := content.read(1 << 20):
-                digest.update(chunk)
+        return sha256(file)
     except OSError as error:
         raise AdapterError(f"{file}: can't be read: {error}") from error
-    return digest.hexdigest()
 
 
 def load_adapter(base_model: Any, folder: Path, *, trainable: bool = False) -> PeftModel:

@@ -26,6 +26,7 @@ def register(app: typer.Typer) -> None:
         config = load(path, overrides)
         from rich.console import Console
 
+        from trivet.memory import gib
         from trivet.prepare import memory_needed, prepare  # imports torch: not before the config is right
         from trivet.schedule import planned_steps
 
@@ -36,7 +37,7 @@ def register(app: typer.Typer) -> None:
         needed = memory_needed(ready)
         typer.echo(
             f"\n{planned_steps(config, ready.train_rows):,} steps; estimated memory at the longest rows: "
-            f"{needed.total / 2**30:.1f} GiB ({needed}). Nothing was trained or written; the config is valid."
+            f"{gib(needed.total)} ({needed}). Nothing was trained or written; the config is valid."
         )
 
 

@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trivet.configio import dump
+from trivet.memory import gib
 from trivet.methods import find_method
 from trivet.pictures import kinds, place
 from trivet.report import charts
 from trivet.report.charts import Series
 from trivet.report.load import LOWER_IS_BETTER, Run, is_number
 from trivet.report.remarks import remarks
-from trivet.report.words import clock, gib, mean, middle_out
+from trivet.report.words import clock, mean, middle_out
 
 #: Examples that are shown.
 _EXAMPLES = 6

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from trivet.memory import gib
 from trivet.report import charts
 from trivet.report.figures import parts
 from trivet.report.load import Run, load_run
 from trivet.report.together import parts_together
-from trivet.report.words import clip, clock, gib
+from trivet.report.words import clip, clock
 from trivet.runfolder import write_text
 
 

@@ -16,11 +16,6 @@ def clock(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def gib(size: float) -> str:
-    """Bytes in GiB."""
-    return f"{size / 2**30:.1f} GiB"
-
-
 def clip(text: Any) -> str:
     """A text that a page has room for."""
     text = str(text)

@@ -15,13 +15,9 @@ from rich.text import Text
 from transformers import TrainerCallback
 
 from trivet.errors import StorageError
-from trivet.memory import current_memory
+from trivet.memory import current_memory, gib
 from trivet.runfolder import storage, write_text
 from trivet.train.numbers import Spikes, listed
-
-
-def _size(n: float) -> str:
-    return f"{n / 2**30:.1f} GiB"
 
 
 def _clock(seconds: float) -> str:
@@ -148,7 +144,7 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
         line = (
             f"step {row['step']}/{state.max_steps}  loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  "
             f"{row['adapter_parameters']:,} parameters  {speed:,.0f} tokens/s  ETA {_clock(left)}  "
-            f"memory {_size(row['memory_bytes'])}"
+            f"memory {gib(row['memory_bytes'])}"
         )
         if self.live is not None:
             self.live.update(Text(line), refresh=True)

@@ -6,7 +6,6 @@ takes its name. Whatever moment a process dies at, the newest folder whose files
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trivet.errors import AdapterError
-from trivet.runfolder import write_json
+from trivet.runfolder import sha256, write_json
 
 log = logging.getLogger("trivet")
 
@@ -42,7 +41,7 @@ def finish(temporary: Path, folder: Path, notes: Mapping[str, Any]) -> None:
     for name in _UNWANTED:
         (temporary / name).unlink(missing_ok=True)
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    sums = {path.relative_to(temporary).as_posix(): _sum(path) for path in files}
+    sums = {path.relative_to(temporary).as_posix(): sha256(path) for path in files}
     write_json(temporary / MANIFEST, {"files": sums, "run": dict(notes)})
     for path in (*temporary.rglob("*"), temporary):
         _flush(path)
@@ -53,14 +52,6 @@ def finish(temporary: Path, folder: Path, notes: Mapping[str, Any]) -> None:
     temporary.replace(folder)
     _flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:
@@ -76,7 +67,7 @@ def _flush(path: Path) -> None:
 def rotate(folder: Path, keep: int, best: int | None) -> None:
     """Remove the oldest checkpoints over `keep`; the newest and that of step `best` always stay."""
     found = _checkpoints(folder)
-    spared = {path for path in found if path == found[0] or _step(path) == best}
+    spared = {path for path in found if path == found[0] or step_of(path) == best}
     surplus = len(found) - max(keep, len(spared))
     for path in [path for path in reversed(found) if path not in spared][: max(surplus, 0)]:
         hidden = path.with_name(f".{path.name}.old")  # one that is half removed must not look damaged
@@ -103,10 +94,11 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def _checkpoints(folder: Path) -> list[Path]:
     """Those in `folder`, the newest first, by their steps: clocks may be wrong."""
     found = [p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
-    return sorted(found, key=_step, reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The optimizer step that a checkpoint was written after."""
     return int(path.name.rpartition("-")[2])
 
 
@@ -116,7 +108,7 @@ def damage(path: Path) -> str | None:
         for name, expected in _manifest(path)["files"].items():
             if not (path / name).is_file():
                 return f"{name} is missing"
-            if _sum(path / name) != expected:
+            if sha256(path / name) != expected:
                 return f"{name} is not what was written"
     except (AdapterError, OSError) as error:
         return str(error)
@@ -138,14 +130,6 @@ def _manifest(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{MANIFEST} can't be read: {error}") from error
     return dict(manifest)
-
-
-def step_of(path: Path) -> int:
-    """The optimizer step that a checkpoint was written after."""
-    try:
-        return int(json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
-    except (OSError, ValueError, KeyError) as error:
-        raise AdapterError(f"checkpoint {path}: trainer_state.json can't be read: {error}") from error
 
 
 def processes_of(path: Path) -> int:
