@@ -41,7 +41,7 @@ from versions import versions
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quality.jsonl"
 #: Metrics that are kept of each split.
-KEPT = ("loss", "accuracy", "macro_f1", "matthews", "token_accuracy")
+KEPT = ("loss", "accuracy", "macro_f1", "matthews", "token_accuracy", "pearson", "mse")
 
 
 def main() -> None:
@@ -123,6 +123,8 @@ def run(loaded: Loaded, candidate: Candidate, seed: int, rate: float, scale: flo
     try:
         try:
             took = fit(session, loaded, config)
+            if candidate.cut_to is not None:
+                truncate(model, candidate.cut_to)
             validation = figures(session, loaded.splits.validation)
             if not math.isfinite(validation["loss"]):
                 raise TrivetError(f"the validation loss is {validation['loss']}")
@@ -197,11 +199,22 @@ def fit(session: Any, loaded: Loaded, config: Any) -> dict[str, float]:
 
 
 def figures(session: Any, rows: Any) -> dict[str, float]:
-    """The kept metrics of the model as it is now."""
+    """The kept metrics of the model as it is now; a regression's loss is its squared error."""
     from trivet.evaluate.measure import Settings
 
     side = session.evaluator(rows, Settings(generate=False)).measure(session.model)
-    return {metric.name: metric.score for group in side.groups for metric in group if metric.name in KEPT}
+    found = {metric.name: metric.score for group in side.groups for metric in group if metric.name in KEPT}
+    return {"loss": found.get("mse")} | found
+
+
+def truncate(model: Any, rank: int) -> None:
+    """Leave every layer the `rank` largest singular values of its update, and what a file of that rank holds."""
+    from trivet.adapter.layers import adapted_layers
+    from trivet.adapter.resize import resize
+    from trivet.rank.score import cut, directions
+
+    layers = list(adapted_layers(model))
+    resize(model, cut(layers, directions(layers, None), [rank] * len(layers)))
 
 
 # -- one base for all runs -------------------------------------------------------------------------------------
