@@ -9,10 +9,11 @@ import json
 from pathlib import Path
 
 import auto
+import pareto
 import plan_table
 import quality
 from quality_table import read, table
-from quality_tasks import CANDIDATES, TASKS
+from quality_tasks import CANDIDATES, SEEDS, TASKS
 from speed_table import brief
 from speed_table import table as speed_table
 
@@ -29,8 +30,10 @@ def figures() -> str:
     """Every table, as Markdown."""
     rows = read(quality.RESULTS)
     there = [task for task in TASKS.values() if any(key[0] == task.name for key in rows)]
-    parts = ["", table(rows, there, list(CANDIDATES.values()), [0, 1, 2]).replace("\n### ", "\n#### ")]
+    parts = ["", table(rows, there, list(CANDIDATES.values()), SEEDS).replace("\n### ", "\n#### ")]
     parts[1] = "### Methods, task by task\n\n#" + parts[1] if parts[1].startswith("### ") else parts[1]
+    parts += ["", "### A quarter of the parameters against r = 16", "", pareto.against_r16(rows)]
+    parts += ["", "### `auto` against a sweep of plain ranks", "", pareto.against_sweep(rows)]
     if auto.RESULTS.exists():
         parts += ["", "### What `auto` keeps (TREC, MiniLM-L6, seeds 0, 1, 2)", "", auto.table(lines(auto.RESULTS))]
     shrink = HERE / "results" / "shrink.jsonl"
@@ -89,3 +92,4 @@ def _before(page: Path) -> str:
 if __name__ == "__main__":
     for path, text in renewed().items():
         path.write_text(text, encoding="utf-8")
+    pareto.draw(read(quality.RESULTS))

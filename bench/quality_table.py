@@ -116,9 +116,14 @@ class Group:
         rates = [rate for rate, _ in self.candidate.trials(self.task)]
         return {min(rates): " ↓", max(rates): " ↑"}.get(self.rate, "")
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is plain LoRA, left as it was trained."""
+        return self.candidate.method == "lora" and self.candidate.cut_to is None
+
     def reference(self, groups: list[Group]) -> Group | None:
         """Plain LoRA of the nearest size, by ratio; None for plain LoRA itself."""
-        plain = [g for g in groups if g.candidate.method == "lora"]
+        plain = [g for g in groups if g.plain]
         if self in plain or not plain:
             return None
         return min(plain, key=lambda g: abs(math.log(g.parameters / self.parameters)))
@@ -139,6 +144,13 @@ def differences(group: Group, reference: Group, metric: str) -> list[float]:
     return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
 
+def pooled(groups: list[Group]) -> float:
+    """One standard deviation of the test loss over seeds, from all groups of a task; 0 where no group has two seeds."""
+    losses = [list(g.values("test", "loss").values()) for g in groups]
+    spreads = [statistics.variance(values) for values in losses if len(values) > 1]
+    return math.sqrt(statistics.mean(spreads)) if spreads else 0.0
+
+
 def table(rows: Rows, tasks: list[Task], candidates: list[Candidate], seeds: list[int]) -> str:
     """Markdown: a table a task, and one over all tasks."""
     lines: list[str] = []
@@ -148,9 +160,7 @@ def table(rows: Rows, tasks: list[Task], candidates: list[Candidate], seeds: lis
         if not groups:
             continue
         lines += [f"### {task.title}", "", *_header(task)]
-        losses = [list(g.values("test", "loss").values()) for g in groups]
-        spreads = [statistics.variance(values) for values in losses if len(values) > 1]
-        spread = math.sqrt(statistics.mean(spreads)) if spreads else 0.0
+        spread = pooled(groups)
         for group in groups:
             reference = group.reference(groups)
             lines.append(_row(group, reference))

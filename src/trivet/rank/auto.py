@@ -3,7 +3,8 @@
 After training wide, and three times more until the ranks settle, the update is cut to half, a quarter and so on of what
 it holds, forward passes only, on the same validation rows. The smallest cut stays that loses, against the best of them,
 no more than one paired standard error or `tolerance` of the gain over the base; training mends it before the next look.
-A task that the base model solves, and labels that mean nothing, end near rank zero.
+While no update at all is as good as what there is, nothing is cut, as training may still find its way off a plateau; at
+the last look that ends near rank zero: a task that the base model solves already, or labels that mean nothing.
 """
 
 from __future__ import annotations
@@ -29,12 +30,16 @@ LOOKS = 4
 
 @dataclass
 class Auto(Squeeze):
-    """`budget` stays None: it is found on the way. `passes` are left; `base` is the loss without any update."""
+    """`budget` stays None: it is found on the way.
+
+    `passes` are left; `base` is the loss without any update; `gained`: that it was seen to be worse than the update.
+    """
 
     begin: float = 0.3
     tolerance: float = 0.01
     passes: int = PASSES
     base: float | None = None
+    gained: bool = False
 
     def start(
         self, layers: Sequence[AdaptedLayer], statistics: Mapping[str, LayerStatistics] | None, total: int
@@ -55,11 +60,15 @@ class Auto(Squeeze):
         found = directions(now.layers, now.statistics if self.metric == "whitened" else None)
         held = parameters(now.layers)
         losses = {held: now.validation({}).double()}
-        if self.base is None:
+        if not self.gained:
             losses[0] = now.validation(self._cut(now.layers, found, 0)).double()
             self.base = float(losses[0].mean())
+            self.gained = not self._as_good(losses, 0)
         self.passes -= len(losses)
-        self.target = self._smallest(now, found, held, losses)
+        if self.gained:
+            self.target = self._smallest(now, found, held, losses)
+        else:
+            self.target = 1 if now.step >= self._span(now.total)[1] else held
         tried = {str(budget): float(losses[budget].mean()) for budget in sorted(losses, reverse=True)}
         self.history.append({"step": now.step, "tried": tried, "budget": self.target})
         return self.squeeze(now, self.target) if self.target < held else {}
@@ -68,17 +77,16 @@ class Auto(Squeeze):
         self, now: Situation, found: Mapping[str, Directions], held: int, losses: dict[int, torch.Tensor]
     ) -> int:
         """Halve the budget while that is as good as the best; `losses` takes what was measured."""
-        assert now.validation is not None and self.base is not None  # noqa: S101 - `decide` saw to it
+        assert now.validation is not None  # noqa: S101 - `decide` saw to it
         least = min(sum(layer.shape) for layer in now.layers)
         chosen, budget = held, held // 2
         while self.passes and budget >= least:
             losses[budget] = now.validation(self._cut(now.layers, found, budget)).double()
             self.passes -= 1
-            # Against what keeps something: where no update at all is best, half of a harmful one is still better.
-            if not self._as_good({b: x for b, x in losses.items() if b}, budget):
+            if not self._as_good(losses, budget):
                 break
             chosen, budget = budget, budget // 2
-        return 1 if 0 in losses and self._as_good(losses, 0) else chosen
+        return chosen
 
     def _as_good(self, losses: Mapping[int, torch.Tensor], budget: int) -> bool:
         means = {b: float(x.mean()) for b, x in losses.items()}
@@ -94,8 +102,8 @@ class Auto(Squeeze):
         return cut(layers, found, ranks)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "passes": self.passes, "base": self.base}
+        return {**super().state_dict(), "passes": self.passes, "base": self.base, "gained": self.gained}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self.passes, self.base = int(state["passes"]), state["base"]
+        self.passes, self.base, self.gained = int(state["passes"]), state["base"], state["gained"]

@@ -1,0 +1,162 @@
+"""Loss against trained parameters: a picture a task, every method against r = 16, and `auto` against a sweep of ranks.
+
+`python bench/pareto.py` draws docs/images/pareto.png from bench/results/quality.jsonl; bench/page.py takes the tables.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from quality_table import ENOUGH, Group, Rows, differences, interval, pooled, read
+from quality_tasks import CANDIDATES, SEEDS, TASKS, Task
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results" / "quality.jsonl"
+PICTURE = HERE.parent / "docs" / "images" / "pareto.png"
+#: The methods that come in several sizes, with Okabe & Ito's colours, which colour-blind people can tell apart.
+LINES = {
+    "lora": ("plain LoRA", "#555555", "o"),
+    "squeeze": ("squeeze", "#0072B2", "s"),
+    "uniform_squeeze": ("uniform_squeeze", "#56B4E9", "^"),
+    "planned": ("planned", "#009E73", "D"),
+    "truncated": ("r = 16, then cut", "#CC79A7", "v"),
+    "peft_adalora": ("PEFT's AdaLoRA", "#E69F00", "X"),
+}
+AUTO = ("auto", "#D55E00", "*")
+#: What a default would be measured by: at most a quarter of r = 16's parameters.
+SMALL = ("lora-r4", "squeeze-r4", "planned-r4", "uniform_squeeze-r4", "lora-r2", "squeeze-r2", "auto")
+
+
+def measured(rows: Rows) -> list[tuple[Task, dict[str, Group]]]:
+    """Every task that plain LoRA was measured on, with its methods' runs by name."""
+    found = []
+    for task in TASKS.values():
+        groups = {name: g for name, c in CANDIDATES.items() if (g := Group(rows, task, c, SEEDS)).runs}
+        if any(group.plain for group in groups.values()):
+            found.append((task, groups))
+    return found
+
+
+def draw(rows: Rows, path: Path = PICTURE) -> None:
+    """Small multiples: test loss with its 95% interval over seeds against the adapter's parameters."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tasks = measured(rows)
+    across = 3
+    down = -(-len(tasks) // across)
+    figure, axes = plt.subplots(down, across, figsize=(4.2 * across, 3.1 * down), squeeze=False)
+    for axis, (task, groups) in zip(axes.flat, tasks, strict=False):
+        for family, style in LINES.items():
+            _line(axis, [g for name, g in groups.items() if name.rpartition("-r")[0] == family], *style)
+        _line(axis, [groups[n] for n in ("auto",) if n in groups], *AUTO)
+        axis.set_xscale("log")
+        axis.set_title(task.title, fontsize=10)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+    for axis in axes.flat[len(tasks) :]:
+        axis.axis("off")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("test loss, nats", fontsize=9)
+    for axis in axes.flat[max(0, len(tasks) - across) : len(tasks)]:
+        axis.set_xlabel("parameters of the adapter", fontsize=9)
+    shown = {
+        label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(shown.values(), shown.keys(), loc="lower center", ncols=len(shown), fontsize=9, frameon=False)
+    figure.tight_layout(rect=(0, 0.35 / (3.1 * down), 1, 1))
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _line(axis: Any, groups: Iterable[Group], label: str, colour: str, marker: str) -> None:
+    """One method's sizes, joined."""
+    groups = sorted(groups, key=lambda g: g.parameters)
+    if not groups:
+        return
+    losses = [interval(list(g.values("test", "loss").values())) for g in groups]
+    axis.errorbar(
+        [g.parameters for g in groups], [mean for mean, _ in losses],
+        yerr=[half if math.isfinite(half) else 0.0 for _, half in losses],
+        color=colour, marker=marker, markersize=10 if marker == "*" else 5, linewidth=1.2, elinewidth=0.6, capsize=2,
+        alpha=0.85, label=label, zorder=3 if marker in "o*" else 2,
+    )  # fmt: skip
+
+
+def against_r16(rows: Rows) -> str:
+    """Do a quarter of the parameters reach r = 16's loss? Markdown, standardised as in the other tables."""
+    lines = [
+        "| method | parameters, of r = 16's | standardised difference in test loss to r = 16 | 95% interval over tasks "
+        "| tasks | worse beyond its interval on |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    tasks = [(task, groups) for task, groups in measured(rows) if "lora-r16" in groups]
+    for name in SMALL:
+        shifts: dict[str, list[float]] = {}
+        worse, shares = [], []
+        for task, groups in tasks:
+            if name not in groups or not (found := differences(groups[name], groups["lora-r16"], "loss")):
+                continue
+            mean, half = interval(found)
+            shifts.setdefault(task.train, []).append(mean / pooled(list(groups.values())))
+            shares.append(groups[name].parameters / groups["lora-r16"].parameters)
+            if len(found) >= ENOUGH and mean - half > 0:
+                worse.append(task.title)
+        if shifts:
+            means = [statistics.mean(same) for same in shifts.values()]
+            mean, half = interval(means)
+            lines.append(
+                f"| {name} | {statistics.mean(shares):.0%} | {mean:+.2f} | {mean - half:+.2f} to {mean + half:+.2f} | "
+                f"{len(means)} | {'; '.join(worse) or 'none'} |"
+            )
+    return "\n".join(lines)
+
+
+def against_sweep(rows: Rows) -> str:
+    """`auto` beside the plain rank that a sweep would choose by validation loss, seed by seed. Markdown."""
+    lines = [
+        "| task | ranks swept | seeds | chosen by the sweep | auto's parameters, of the chosen one's "
+        "| within one standard deviation | difference in test loss | auto's time, of one run of r = 16 "
+        "| the sweep's time, of one run of r = 16 |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    hits = total = 0
+    for task, groups in measured(rows):
+        plain = [g for g in groups.values() if g.plain]
+        if "auto" not in groups or "lora-r16" not in groups:
+            continue
+        auto, wide = groups["auto"], groups["lora-r16"]
+        seeds = [seed for seed in auto.runs if all(seed in g.runs for g in plain)]
+        spread = pooled(list(groups.values()))
+        best = {s: min(plain, key=lambda g: g.runs[s]["validation"]["loss"]) for s in seeds}
+        shifts = [auto.runs[s]["test"]["loss"] - best[s].runs[s]["test"]["loss"] for s in seeds]
+        within = [shift <= spread for shift in shifts]
+        hits, total = hits + sum(within), total + len(within)
+        shares = [auto.runs[s]["adapter_parameters"] / best[s].parameters for s in seeds]
+        time = [_seconds(auto, s) / _seconds(wide, s) for s in seeds]
+        sweep = [sum(_seconds(g, s) for g in plain) / _seconds(wide, s) for s in seeds]
+        ranks = sorted(g.candidate.rank for g in plain)
+        lines.append(
+            f"| {task.title} | {', '.join(map(str, ranks))} | {len(seeds)} | "
+            f"{', '.join(f'r = {best[s].candidate.rank}' for s in seeds)} | {statistics.mean(shares):.0%} | "
+            f"{sum(within)} of {len(within)} | {statistics.mean(shifts):+.3f} | {statistics.median(time):.2f} | "
+            f"{statistics.median(sweep):.1f} |"
+        )
+    share = f"{hits / total:.0%}" if total else "none"
+    return "\n".join([*lines, "", f"Within one standard deviation on {hits} of {total} task-seeds ({share})."])
+
+
+def _seconds(group: Group, seed: int) -> float:
+    """Processor seconds of training, which other work on the machine changes least."""
+    return float(group.runs[seed]["train_cpu_seconds"])
+
+
+if __name__ == "__main__":
+    draw(read(RESULTS))
