@@ -3,8 +3,7 @@
 After training wide, and three times more until the ranks settle, the update is cut to half, a quarter and so on of what
 it holds, forward passes only, on the same validation rows. The smallest cut stays that loses, against the best of them,
 no more than one paired standard error or `tolerance` of the gain over the base; training mends it before the next look.
-While no update at all is as good as what there is, nothing is cut, as training may still find its way off a plateau; at
-the last look that ends near rank zero: a task that the base model solves already, or labels that mean nothing.
+A task that the base model solves, and labels that mean nothing, end near rank zero.
 """
 
 from __future__ import annotations
@@ -30,16 +29,12 @@ LOOKS = 4
 
 @dataclass
 class Auto(Squeeze):
-    """`budget` stays None: it is found on the way.
-
-    `passes` are left; `base` is the loss without any update; `gained`: that it was seen to be worse than the update.
-    """
+    """`budget` stays None: it is found on the way. `passes` are left; `base` is the loss without any update."""
 
     begin: float = 0.3
     tolerance: float = 0.01
     passes: int = PASSES
     base: float | None = None
-    gained: bool = False
 
     def start(
         self, layers: Sequence[AdaptedLayer], statistics: Mapping[str, LayerStatistics] | None, total: int
@@ -60,15 +55,11 @@ class Auto(Squeeze):
         found = directions(now.layers, now.statistics if self.metric == "whitened" else None)
         held = parameters(now.layers)
         losses = {held: now.validation({}).double()}
-        if not self.gained:
+        if self.base is None:
             losses[0] = now.validation(self._cut(now.layers, found, 0)).double()
             self.base = float(losses[0].mean())
-            self.gained = not self._as_good(losses, 0)
         self.passes -= len(losses)
-        if self.gained:
-            self.target = self._smallest(now, found, held, losses)
-        else:
-            self.target = 1 if now.step >= self._span(now.total)[1] else held
+        self.target = self._smallest(now, found, held, losses)
         tried = {str(budget): float(losses[budget].mean()) for budget in sorted(losses, reverse=True)}
         self.history.append({"step": now.step, "tried": tried, "budget": self.target})
         return self.squeeze(now, self.target) if self.target < held else {}
@@ -77,16 +68,17 @@ class Auto(Squeeze):
         self, now: Situation, found: Mapping[str, Directions], held: int, losses: dict[int, torch.Tensor]
     ) -> int:
         """Halve the budget while that is as good as the best; `losses` takes what was measured."""
-        assert now.validation is not None  # noqa: S101 - `decide` saw to it
+        assert now.validation is not None and self.base is not None  # noqa: S101 - `decide` saw to it
         least = min(sum(layer.shape) for layer in now.layers)
         chosen, budget = held, held // 2
         while self.passes and budget >= least:
             losses[budget] = now.validation(self._cut(now.layers, found, budget)).double()
             self.passes -= 1
-            if not self._as_good(losses, budget):
+            # Against what keeps something: where no update at all is best, half of a harmful one is still better.
+            if not self._as_good({b: x for b, x in losses.items() if b}, budget):
                 break
             chosen, budget = budget, budget // 2
-        return chosen
+        return 1 if 0 in losses and self._as_good(losses, 0) else chosen
 
     def _as_good(self, losses: Mapping[int, torch.Tensor], budget: int) -> bool:
         means = {b: float(x.mean()) for b, x in losses.items()}
@@ -102,8 +94,8 @@ class Auto(Squeeze):
         return cut(layers, found, ranks)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "passes": self.passes, "base": self.base, "gained": self.gained}
+        return {**super().state_dict(), "passes": self.passes, "base": self.base}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self.passes, self.base, self.gained = int(state["passes"]), state["base"], state["gained"]
+        self.passes, self.base = int(state["passes"]), state["base"]
