@@ -26,6 +26,8 @@ LINES = {
     "truncated": ("r = 16, then cut", "#CC79A7", "v"),
     "peft_adalora": ("PEFT's AdaLoRA", "#E69F00", "X"),
 }
+#: Methods of a size stand side by side, each moved by so many doublings more.
+STEP = 0.07
 AUTO = ("auto", "#D55E00", "*")
 #: What a default would be measured by: at most a quarter of r = 16's parameters.
 SMALL = ("lora-r4", "squeeze-r4", "planned-r4", "uniform_squeeze-r4", "lora-r2", "squeeze-r2", "auto")
@@ -42,22 +44,29 @@ def measured(rows: Rows) -> list[tuple[Task, dict[str, Group]]]:
 
 
 def draw(rows: Rows, path: Path = PICTURE) -> None:
-    """Small multiples: test loss with its 95% interval over seeds against the adapter's parameters."""
+    """Small multiples: test loss with its 95% interval over seeds against parameters, counted in plain LoRA's r."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FixedLocator, FuncFormatter
 
     tasks = measured(rows)
     across = 3
     down = -(-len(tasks) // across)
     figure, axes = plt.subplots(down, across, figsize=(4.2 * across, 3.1 * down), squeeze=False)
     for axis, (task, groups) in zip(axes.flat, tasks, strict=False):
-        for family, style in LINES.items():
-            _line(axis, [g for name, g in groups.items() if name.rpartition("-r")[0] == family], *style)
-        _line(axis, [groups[n] for n in ("auto",) if n in groups], *AUTO)
-        axis.set_xscale("log")
-        axis.set_title(task.title, fontsize=10)
+        plain = next(group for group in groups.values() if group.plain)
+        one = plain.parameters / plain.candidate.rank
+        for place, (family, style) in enumerate(LINES.items()):
+            mine = [g for name, g in groups.items() if name.rpartition("-r")[0] == family]
+            _line(axis, mine, one, 2 ** (place * STEP), *style)
+        _line(axis, [groups[name] for name in ("auto",) if name in groups], one, 1.0, *AUTO)
+        axis.set_xscale("log", base=2)
+        axis.set_xlim(0.4, 80)
+        axis.xaxis.set_major_locator(FixedLocator([2**n for n in range(7)]))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axis.set_title(f"{task.title}\n1 = {one:,.0f} parameters", fontsize=9)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#DDDDDD", linewidth=0.6)
@@ -66,7 +75,7 @@ def draw(rows: Rows, path: Path = PICTURE) -> None:
     for axis in axes[:, 0]:
         axis.set_ylabel("test loss, nats", fontsize=9)
     for axis in axes.flat[max(0, len(tasks) - across) : len(tasks)]:
-        axis.set_xlabel("parameters of the adapter", fontsize=9)
+        axis.set_xlabel("parameters, in those of plain r = 1", fontsize=9)
     shown = {
         label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
@@ -76,14 +85,14 @@ def draw(rows: Rows, path: Path = PICTURE) -> None:
     plt.close(figure)
 
 
-def _line(axis: Any, groups: Iterable[Group], label: str, colour: str, marker: str) -> None:
-    """One method's sizes, joined."""
+def _line(axis: Any, groups: Iterable[Group], one: float, beside: float, label: str, colour: str, marker: str) -> None:
+    """One method's sizes, joined, in units of `one` and moved by the factor `beside`."""
     groups = sorted(groups, key=lambda g: g.parameters)
     if not groups:
         return
     losses = [interval(list(g.values("test", "loss").values())) for g in groups]
     axis.errorbar(
-        [g.parameters for g in groups], [mean for mean, _ in losses],
+        [g.parameters / one * beside for g in groups], [mean for mean, _ in losses],
         yerr=[half if math.isfinite(half) else 0.0 for _, half in losses],
         color=colour, marker=marker, markersize=10 if marker == "*" else 5, linewidth=1.2, elinewidth=0.6, capsize=2,
         alpha=0.85, label=label, zorder=3 if marker in "o*" else 2,

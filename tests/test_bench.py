@@ -12,13 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import colour_rows, write_jsonl
+from conftest import colour_rows, tiny_model, write_jsonl
+from trivet.adapter.attach import attach
+from trivet.adapter.layers import adapted_layers
 from trivet.data.batch import Collator
 from trivet.methods import find_method
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import page
+import pareto
 import quality
 import quality_adalora
 import quality_table
@@ -181,6 +184,20 @@ def test_validation_and_test_share_no_prompt(place: Path) -> None:
     assert parts.fingerprints() == again.fingerprints()
 
 
+def test_truncation_leaves_the_largest_singular_values_of_every_update() -> None:
+    model = attach(tiny_model("llama", 64), lora_rank=4)
+    torch.manual_seed(0)
+    for layer in adapted_layers(model):
+        layer.B.data.normal_()
+    before = {layer.name: layer.scale * layer.B @ layer.A for layer in adapted_layers(model)}
+    quality.truncate(model, 2)
+    for layer in adapted_layers(model):
+        u, sigma, v = torch.linalg.svd(before[layer.name], full_matrices=False)
+        assert layer.rank == 2
+        best = u[:, :2] * sigma[:2] @ v[:2]
+        assert torch.allclose(layer.scale * layer.B @ layer.A, best, atol=1e-4 * sigma[0].item())
+
+
 # -- tables ----------------------------------------------------------------------------------------------------
 
 
@@ -192,7 +209,7 @@ def rows_of(task: Task, candidate: Candidate, validation: dict[float, float], te
         loss = test.get(seed)
         row = {
             "learning_rate": rate, "scale": 2.0, "seed": seed, "failed": None,
-            "adapter_parameters": 100 * candidate.rank,
+            "adapter_parameters": 100 * candidate.rank, "train_cpu_seconds": 10.0 + candidate.rank,
             "validation": {"loss": validation[rate], "accuracy": 0.5},
             "test": {"loss": loss, "accuracy": 0.5} if rate == best and loss is not None else None,
         }  # fmt: skip
@@ -227,6 +244,29 @@ def test_rows_that_are_trained_on_twice_are_one_task(task: Task) -> None:
     tasks = [task, replace(task, name="again"), replace(task, name="third", train="other.jsonl")]
     text = quality_table.table(rows, tasks, [WIDE, SQUEEZE], [0, 1])
     assert "| squeeze-r1 | -1.41 | n = 1: too small | 1 |" in text  # the mean of 0.01 and 0.03 over √2 · 0.01
+
+
+def test_a_sweep_is_chosen_by_validation_and_compared_on_test_rows(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide, auto = CANDIDATES["lora-r16"], CANDIDATES["auto"]
+    monkeypatch.setattr(pareto, "TASKS", {task.name: task})
+    rows = {}
+    for candidate, validation, test in (
+        (wide, 0.3, {0: 0.30, 1: 0.32}),
+        (CANDIDATES["lora-r2"], 0.4, {0: 0.10, 1: 0.12}),  # better on test rows, which nobody may choose by
+        (CANDIDATES["truncated-r2"], 0.2, {0: 0.5, 1: 0.6}),  # no plain rank
+        (auto, 0.3, {0: 0.29, 1: 0.92}),
+    ):
+        rows |= rows_of(task, candidate, dict.fromkeys(task.rates, 0.5) | {task.rates[1]: validation}, test)
+    (line, _, last) = pareto.against_sweep(rows).splitlines()[2:]
+    # spread: variances 0.0002, 0.0002, 0.005 and 0.19845 give 0.2258; auto has r = 8's 800 parameters
+    assert line == "| Tiny | 2, 16 | 2 | r = 16, r = 16 | 50% | 1 of 2 | +0.295 | 0.69 | 1.5 |"
+    assert "1 of 2 task-seeds (50%)" in last
+    against = pareto.against_r16(rows).splitlines()
+    assert against[2].startswith("| lora-r2 | 12% | -0.89 |")  # -0.2 of 0.2258
+    pareto.draw(rows, tmp_path / "pareto.png")
+    assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_interval_is_students() -> None:
