@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from trivet.adapter.fast import FastLinear
 from trivet.adapter.layers import adapted_layers
 from trivet.data.batch import Collator
 from trivet.fast import ATTENTION, speed_up
+from trivet.kernels.dropout import dropout
 from trivet.loss import token_losses, training_loss
 
 LANGUAGE = ("llama", "gpt2", "bart", "t5", "qwen2", "gemma2")
@@ -223,6 +225,89 @@ def test_gradient_checkpointing(dropout: float) -> None:
         return gradients(fast, training_loss(fast, batch, labels, task="causal-lm"))
 
     same_gradients(run(True), run(False))
+
+
+def dropping(kind: str, p: float = 0.3, fast: bool = True) -> Any:
+    """A model with dropout everywhere its architecture has it but in the attention."""
+    names = ("dropout", "activation_dropout", "hidden_dropout_prob", "dropout_rate", "resid_pdrop", "embd_pdrop")
+    model = language_model(kind) if kind in LANGUAGE else base(kind)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = p
+        for name in names:
+            if isinstance(getattr(module, name, None), float) and "Attention" not in type(module).__name__:
+                setattr(module, name, p)
+    adapted = attach(model.train(), lora_rank=4, fast=fast)
+    for index, layer in enumerate(adapted_layers(adapted)):
+        layer.B.data.normal_(std=0.2, generator=torch.Generator().manual_seed(index))
+    return adapted.train()
+
+
+@pytest.fixture
+def drops(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The shares that the faster dropout was called with."""
+    calls: list[float] = []
+
+    def counted(x: torch.Tensor, p: float) -> torch.Tensor:
+        calls.append(p)
+        return dropout(x, p)
+
+    monkeypatch.setattr(trivet.fast, "drop", counted)
+    return calls
+
+
+@pytest.mark.parametrize("kind", ["bert", "bart", "gpt2", "t5"])
+def test_dropout_of_layers_is_the_fast_one_while_training(
+    kind: str, drops: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = dropping(kind)
+    batch, labels = data(model)
+
+    def seeded(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return training_loss(model, batch, labels, task=task(kind)).detach()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "_VF", None)  # nothing is left to torch's own
+        first = seeded(1)
+    assert len(drops) >= 4 and set(drops) == {0.3}
+    assert torch.equal(first, seeded(1)) and not torch.equal(first, seeded(2))
+    twin = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    torch.manual_seed(1)
+    assert torch.equal(training_loss(twin, batch, labels, task=task(kind)).detach(), first)
+    drops.clear()
+    model.eval()
+    assert torch.equal(seeded(1), seeded(2)) and not drops
+
+
+def checkpointed_gradients(model: Any, kind: str) -> dict[str, torch.Tensor]:
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    batch, labels = data(model)
+    torch.manual_seed(4)
+    return gradients(model, training_loss(model, batch, labels, task=task(kind)))
+
+
+def test_dropout_layers_draw_the_same_again_under_gradient_checkpointing() -> None:
+    found, model = checkpointed_gradients(dropping("bert"), "bert"), dropping("bert")
+    batch, labels = data(model)
+    torch.manual_seed(4)
+    same_gradients(found, gradients(model, training_loss(model, batch, labels, task="classification")))
+
+
+def test_called_dropout_is_torchs_own_under_gradient_checkpointing(drops: list[float]) -> None:
+    found = checkpointed_gradients(dropping("bart"), "bart")
+    assert not drops
+    same_gradients(found, checkpointed_gradients(dropping("bart", fast=False), "bart"))
+
+
+def test_generation_still_reads_the_signature_of_what_was_replaced() -> None:
+    model = dropping("bart").eval()
+    encoder = model.get_base_model().model.encoder
+    assert "forward" in vars(encoder)
+    assert inspect.signature(encoder.forward) == inspect.signature(type(encoder).forward.__get__(encoder))
+    model.generate(input_ids=torch.tensor([[5, 6, 7]]), max_new_tokens=3)
 
 
 def heads(queries: int, keys: int) -> list[torch.Tensor]:

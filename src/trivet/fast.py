@@ -1,20 +1,27 @@
-"""Replaces parts of a transformers model by faster ones that compute the same: attention on CPUs and RMS norms.
+"""Replaces parts of a transformers model by faster ones that compute the same: attention, dropout (on CPUs), norms.
 
 Nothing is replaced on faith. Every norm is compared with the model's own before it is used; what is not known stays.
+Dropout drops the same share, but other entries than torch's would for the same seed.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import types
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from trivet.kernels.attention import attention
+from trivet.kernels.dropout import dropout as drop
 from trivet.kernels.norm import rms_norm
 
 #: What the attention is called in transformers' table.
@@ -28,6 +35,10 @@ def speed_up(model: Any) -> None:
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and _eps(module) is not None and _is_rms_norm(module):
             module.forward = types.MethodType(fused_norm, module)
+        elif type(module) is nn.Dropout:
+            module.forward = types.MethodType(_dropout_layer, module)
+        elif _calls_dropout(module):
+            module.forward = types.MethodType(_with_fast_dropout(type(module).forward), module)
 
 
 def _attend(
@@ -92,3 +103,56 @@ def _is_rms_norm(module: nn.Module) -> bool:
     theirs, ours = module(x), rms_norm(x, weight, _eps(module))
     tolerance = 4 * torch.finfo(weight.dtype).eps
     return theirs.dtype == ours.dtype and torch.allclose(theirs, ours, rtol=tolerance, atol=tolerance)
+
+
+# -- dropout ---------------------------------------------------------------------------------------------------
+
+
+def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    """`torch.nn.functional.dropout`, by its signature."""
+    if training and 0 < p < 1 and not inplace and input.device.type == "cpu" and input.is_floating_point():
+        return drop(input, p)
+    return nn.functional.dropout(input, p, training, inplace)
+
+
+def _dropout_layer(self: nn.Dropout, input: torch.Tensor) -> torch.Tensor:
+    """The forward pass of a dropout layer that was replaced."""
+    return _dropout(input, self.p, self.training, self.inplace)
+
+
+def _calls_dropout(module: nn.Module) -> bool:
+    """Whether a module's own forward pass calls `nn.functional.dropout`, as BART's does."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and {"functional", "dropout"} <= {*code.co_names}
+
+
+class _FastDropout(TorchFunctionMode):
+    """While it is on, `nn.functional.dropout` is `_dropout`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (_dropout if func is nn.functional.dropout else func)(*args, **(kwargs or {}))
+
+
+#: Whether an outer module has switched it on: twice would cost twice.
+_ON: ContextVar[bool] = ContextVar("fast dropout", default=False)
+
+
+def _with_fast_dropout(own: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward pass that finds the faster dropout while training.
+
+    Not under gradient checkpointing, which would compute a layer again without passing here, and draw otherwise.
+    """
+
+    @functools.wraps(own)  # generation reads the signature
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        again = any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
+        if not self.training or again or _ON.get():
+            return own(self, *args, **kwargs)
+        before = _ON.set(True)
+        try:
+            with _FastDropout():
+                return own(self, *args, **kwargs)
+        finally:
+            _ON.reset(before)
+
+    return forward

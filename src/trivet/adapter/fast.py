@@ -14,6 +14,8 @@ from peft.tuners import lora
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from trivet.kernels.dropout import keep
+
 
 class FastLinear(lora.Linear):  # type: ignore[misc]
     """`lora.Linear` with a fused pass wherever one unmerged plain adapter is on; else PEFT's own."""
@@ -99,5 +101,7 @@ def _dropped(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
     """x with a share p of its entries 0, the same ones for one seed."""
     if not p:
         return x
-    keep = torch.rand(x.shape, generator=torch.Generator(x.device).manual_seed(seed), device=x.device) >= p
-    return x * keep
+    random = torch.Generator(x.device).manual_seed(seed)
+    if x.device.type == "cpu":
+        return torch.where(keep(x.shape, p, random), x, 0)
+    return x * (torch.rand(x.shape, generator=random, device=x.device) >= p)

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from trivet.kernels.dropout import keep
+
 #: Queries in a block: small blocks skip more above the diagonal and stay in cache, large ones are better products.
 _SHORT, _LONG, _LONG_FROM = 64, 128, 1024
 
@@ -134,6 +136,4 @@ def _random(seed: int | None) -> torch.Generator | None:
 
 def _keep(p: torch.Tensor, dropout: float, random: torch.Generator | None) -> torch.Tensor | None:
     """0 for the weights that are dropped, 1 / (1 - dropout) for the others."""
-    if random is None:
-        return None
-    return torch.empty_like(p).bernoulli_(1 - dropout, generator=random).div_(1 - dropout)
+    return None if random is None else keep(p.shape, dropout, random).to(p.dtype).mul_(1 / (1 - dropout))

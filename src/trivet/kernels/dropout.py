@@ -1,0 +1,50 @@
+"""Dropout (Srivastava et al. 2014) for CPUs: four choices from a random number, where torch draws one for each entry.
+
+Random numbers are drawn one after the other by one thread, so drawing fewer is what saves time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+#: A choice is 16 of a number's 64 bits.
+_LEVELS, _CHOICES = 2**16, 4
+
+
+def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
+    """x with a share `p` of its entries 0 and the others divided by 1 - p; which ones, torch's global state decides.
+
+    Args:
+        x: any shape, on a CPU. A byte an entry is kept for the backward pass.
+        p: above 0 and below 1; taken to the nearest multiple of 2⁻¹⁶.
+    """
+    return _Dropout.apply(x, p)
+
+
+def keep(shape: Sequence[int], p: float, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Which entries stay: bool of `shape`, each False with probability `p`, on the CPU."""
+    count = torch.Size(shape).numel()
+    numbers = torch.empty(-(-count // _CHOICES), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    dropped = min(round(p * _LEVELS), _LEVELS - 1)
+    return (numbers.view(torch.int16)[:count] >= dropped - _LEVELS // 2).view(shape)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Any, p: float) -> torch.Tensor:
+        kept = keep(x.shape, p)
+        ctx.save_for_backward(kept)
+        ctx.p = p
+        return _scaled(x, kept, p)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        (kept,) = ctx.saved_tensors
+        return _scaled(grad, kept, ctx.p), None
+
+
+def _scaled(x: torch.Tensor, kept: torch.Tensor, p: float) -> torch.Tensor:
+    return torch.where(kept, x, 0).mul_(1 / (1 - p))
