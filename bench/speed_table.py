@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 UNITS = ("rows", "tokens", "supervised")
@@ -158,20 +158,54 @@ NAMES = {
 }
 
 
-def brief(lines: list[dict[str, Any]]) -> str:
-    """The newest line of each workload that the README shows: how many times as fast, at what memory."""
+#: What `brief` says, for README.zh-CN.md.
+CHINESE = {
+    "| one step of | against | times as fast, tokens/s | memory, of theirs |": (
+        "| 单步内容 | 对比对象 | 速度倍数（按 tokens/s） | 内存（与对方之比） |"
+    ),
+    "SmolLM2-135M, 4 x 256 tokens": "SmolLM2-135M，4 x 256 个 token",
+    "SmolLM2-135M, 16 rows of E2E": "SmolLM2-135M，16 条 E2E 样本",
+    "SmolLM2-135M, 16 rows of SNIPS": "SmolLM2-135M，16 条 SNIPS 样本",
+    "SmolLM2-135M, 8 rows of GSM8K": "SmolLM2-135M，8 条 GSM8K 样本",
+    "MiniLM-L6, 16 rows of TREC": "MiniLM-L6，16 条 TREC 样本",
+    "BART-base's size, 8 x (128 + 64) tokens": "BART-base 规模的模型，8 x (128 + 64) 个 token",
+    "PEFT, bfloat16": "PEFT，bfloat16",
+    "PEFT, float32": "PEFT，float32",
+    "PEFT at its best settings": "PEFT，最佳设置",
+    "PEFT and transformers.Trainer": "PEFT 和 transformers.Trainer",
+    "TRL's SFTTrainer": "TRL 的 SFTTrainer",
+    "TRL, rows grouped by length, best settings": "TRL，样本按长度分组，最佳设置",
+    "TRL, rows packed, best settings": "TRL，样本打包（packing），最佳设置",
+    "the matrix products alone": "仅矩阵乘法",
+    "{}, {} threads": "{}，{} 个线程",
+    "Medians [quartiles] of paired steps on {}.": "成对训练步之比的中位数 [四分位数]，测于 {}。",
+}
+
+
+def brief(lines: list[dict[str, Any]], words: Mapping[str, str] | None = None) -> str:
+    """The newest line of each workload that the README shows: how many times as fast, at what memory.
+
+    `words` are its phrases in another language, as in `CHINESE`.
+    """
+
+    def said(phrase: str) -> str:
+        return phrase if words is None else words[phrase]
+
     newest = {line["workload"]: line for line in lines}
-    out = ["| one step of | against | times as fast, tokens/s | memory, of theirs |", "| --- | --- | --- | --- |"]
+    out = [said("| one step of | against | times as fast, tokens/s | memory, of theirs |"), "| --- | --- | --- | --- |"]
     for workload, title in SHOWN.items():
         sides = newest[workload]["sides"] if workload in newest else {}
         ours = next(iter(sides.values()), {})
+        title = said(title)
         for name, ratio in newest[workload]["ratios"].items() if sides else ():
             memory = ours["peak_extra_bytes"] / sides[name]["peak_extra_bytes"]
             share = "" if name == "floor" else f"{memory:.2f}"
-            out.append(f"| {title} | {NAMES.get(name, name)} | {spread(ratio['tokens'])} | {share} |")
+            against = said(NAMES[name]) if name in NAMES else name
+            out.append(f"| {title} | {against} | {spread(ratio['tokens'])} | {share} |")
             title = ""
-    machines = sorted({f"{line['machine']}, {line['threads']} threads" for line in newest.values()})
-    return "\n".join([*out, "", f"Medians [quartiles] of paired steps on {'; '.join(machines)}."])
+    where = said("{}, {} threads")
+    machines = sorted({where.format(line["machine"], line["threads"]) for line in newest.values()})
+    return "\n".join([*out, "", said("Medians [quartiles] of paired steps on {}.").format("; ".join(machines))])
 
 
 def spread(figures: dict[str, float]) -> str:

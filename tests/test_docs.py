@@ -10,6 +10,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from trivet.parts import PARTS
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGURATION = ROOT / "docs" / "configuration.md"
 METHODS_PAGE = ROOT / "docs" / "methods.md"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+README, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
+PAGES = [README, CHINESE, *sorted((ROOT / "docs").rglob("*.md"))]
 COMMANDS: dict[str, Any] = typer.main.get_command(build()).commands  # type: ignore[attr-defined]
 
 
@@ -241,6 +243,152 @@ def test_every_relative_link_resolves(page: Path) -> None:
             assert anchor in map(slug, headings), f"{name_of(page)} links to {target}"
 
 
+# -- README.zh-CN.md ---------------------------------------------------------------------------------------------------
+
+#: The line below each README's title, that leads to the other.
+LANGUAGES = {README: "English | [简体中文](README.zh-CN.md)", CHINESE: "[English](README.md) | 简体中文"}
+
+
+@dataclass
+class Section:
+    """What stands between a heading and the next one."""
+
+    level: int
+    title: str
+    prose: str = ""
+    blocks: list[tuple[str, str]] = field(default_factory=list)  # (language, content)
+
+
+def sections_of(text: str) -> list[Section]:
+    found: list[Section] = []
+    for part in re.split(r"^(```.*?^```)$", text, flags=re.MULTILINE | re.DOTALL):
+        if part.startswith("```"):
+            language, content = part.removeprefix("```").removesuffix("```").split("\n", 1)
+            found[-1].blocks.append((language, content))
+            continue
+        for line in part.splitlines():
+            if heading := re.match(r"(#+) (.+)", line):
+                found.append(Section(len(heading[1]), heading[2]))
+            else:
+                found[-1].prose += line + "\n"
+    return found
+
+
+def figures(text: str) -> list[str]:
+    return re.findall(r"[+-]?\d+(?:[.,]\d+)*", text)
+
+
+def bare(language: str, content: str) -> list[str]:
+    """The block's lines without what may be in another language: comments, and what a listing says of its files."""
+    if re.match(r"\S+/\n", content):
+        return re.findall(r"^(?:  )?\S+", content, re.MULTILINE)
+    if language == "text":
+        return content.splitlines()
+    return [re.sub(r"(^|\s+)#.*", "", line) for line in content.splitlines()]
+
+
+def cells(prose: str) -> list[str]:
+    """Every row of the tables, as the figures and the code in its cells."""
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in prose.splitlines() if line.startswith("|")]
+    return [" | ".join(" ".join(re.findall(r"`[^`]+`|---", cell) + figures(cell)) for cell in row) for row in rows]
+
+
+def contents(section: Section) -> dict[str, list[str]]:
+    """Kind -> what has to be the same in every language; sorted where its order may differ."""
+    everything = section.prose + "".join(content for _, content in section.blocks)
+    return {
+        "code blocks": [
+            line for language, content in section.blocks for line in [f"```{language}", *bare(language, content)]
+        ],
+        "links and images": ["".join(hit) for hit in re.findall(r"(!?)\[[^\]]*(\]\([^)\s]+\))", section.prose)],
+        "tables": cells(section.prose),
+        "inline code": sorted(" ".join(code.split()) for code in re.findall(r"`([^`]+)`", section.prose)),
+        "figures, also in comments": sorted(figures(everything)),
+    }
+
+
+def differences(english: str, chinese: str) -> list[str]:
+    """What one README has and the other lacks, section by section."""
+    found = []
+    pages = [sections_of(english), sections_of(chinese)]
+    outlines = [[f"{'#' * section.level} {section.title}" for section in page] for page in pages]
+    if [section.level for section in pages[0]] != [section.level for section in pages[1]]:
+        return [f"headings: {outlines[0]} in README.md, {outlines[1]} in README.zh-CN.md"]
+    for one, other in zip(*pages, strict=True):
+        where = f"section {one.title} ({other.title})"
+        theirs = contents(other)
+        for kind, ours in contents(one).items():
+            for mine, its in itertools.zip_longest(ours, theirs[kind]):
+                if mine != its:
+                    found.append(f"{where}, {kind}: {mine!r} in README.md, {its!r} in README.zh-CN.md")
+                    break
+        listings = ["".join(text for _, text in s.blocks if re.match(r"\S+/\n", text)) for s in (one, other)]
+        for word in re.findall(r"[A-Za-z_]+", listings[1]):
+            if word.lower() not in listings[0].lower():
+                found.append(f"{where}, listing: {word!r} is not in README.md's")
+    return found
+
+
+def readmes() -> list[str]:
+    """Both, without the lines that lead from one to the other."""
+    texts = []
+    for page, line in LANGUAGES.items():
+        text = page.read_text(encoding="utf-8")
+        assert text.splitlines()[2] == line, f"{page.name} has to say on its third line: {line}"
+        texts.append(text.replace(line, "", 1))
+    return texts
+
+
+def test_the_chinese_readme_is_in_step() -> None:
+    assert "\n".join(differences(*readmes())) == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "old", "new"),
+    [
+        ("headings", "\n## ", "\n### "),
+        ("headings", "\n## ", "\n"),
+        ("code blocks", "config.yaml --gpus 8", "config.yaml --gpus 16"),
+        ("code blocks", "trivet chat runs/first\n", ""),
+        ("code blocks", "lora_rank: 8\n", "lora_rank: 4\n"),
+        ("code blocks", "model.finetune(dataset)", "model.tune(dataset)"),
+        ("code blocks", "tuned:   Return the type", "tuned:   Return a type"),
+        ("code blocks", "```python", "```text"),
+        ("code blocks", "\n  lock.py ", "\n  locks.py "),
+        ("links and images", "](docs/scale.md)", "](docs/sweeps.md)"),
+        ("links and images", "](docs/images/report_e2e.png)", "](docs/images/quickstart_loss.png)"),
+        ("links and images", "![", "["),
+        ("tables", "| 0.146 | 0.964 |", "| 0.964 | 0.146 |"),
+        ("tables", "2.33 [2.00, 2.48]", "2.33 [2.00, 2.84]"),
+        ("tables", "| --- | --- |\n| decompose", "| --- |\n| decompose"),
+        ("tables", "| `classification` | `text`", "| `regression` | `text`"),
+        ("inline code", "`--overwrite`", "`--force`"),
+        ("figures", "405B", "70B"),
+        ("figures", "500k", "600k"),
+    ],
+)
+def test_a_readme_out_of_step_is_seen(kind: str, old: str, new: str) -> None:
+    english, chinese = readmes()
+    assert old in english
+    assert old in chinese
+    for found in (
+        differences(english, chinese.replace(old, new, 1)),
+        differences(english.replace(old, new, 1), chinese),
+    ):
+        assert any(kind in line for line in found), found
+
+
+def test_names_in_a_listing_are_seen_and_its_words_are_free() -> None:
+    pages = (
+        "# a\n\n```text\nb/\n  c.py   what it does (size)\n```\n",
+        "# 甲\n\n```text\nb/\n  c.py   作用（size）\n```\n",
+    )
+    assert differences(*pages) == []
+    assert differences(pages[0].replace("size", "shape"), pages[1]) == [
+        "section a (甲), listing: 'size' is not in README.md's"
+    ]
+
+
 # -- docs/data.md ------------------------------------------------------------------------------------------------------
 
 DATA = ROOT / "docs" / "data.md"
@@ -298,7 +446,7 @@ def test_every_kind_of_error_is_explained_with_its_exit_code() -> None:
 
 
 def test_the_readme_names_every_part() -> None:
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = README.read_text(encoding="utf-8")
     for leg in LEGS:
         (row,) = re.findall(rf"^\| {leg} \|.*$", page, re.MULTILINE)
         assert set(re.findall(r"`(\w+)`", row)) == set(PARTS[leg])
