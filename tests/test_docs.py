@@ -260,7 +260,7 @@ class Section:
 
 
 def sections_of(text: str) -> list[Section]:
-    found: list[Section] = []
+    found = [Section(0, "")]  # what stands before the first heading
     for part in re.split(r"^(```.*?^```)$", text, flags=re.MULTILINE | re.DOTALL):
         if part.startswith("```"):
             language, content = part.removeprefix("```").removesuffix("```").split("\n", 1)
@@ -348,6 +348,7 @@ def test_the_chinese_readme_is_in_step() -> None:
     [
         ("headings", "\n## ", "\n### "),
         ("headings", "\n## ", "\n"),
+        ("headings", "# trivet\n", "trivet\n"),
         ("code blocks", "config.yaml --gpus 8", "config.yaml --gpus 16"),
         ("code blocks", "trivet chat runs/first\n", ""),
         ("code blocks", "lora_rank: 8\n", "lora_rank: 4\n"),
