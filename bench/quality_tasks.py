@@ -96,6 +96,7 @@ TASKS: dict[str, Task] = {
         replace(
             _writer("shakespeare", "Shakespeare", ("lm_tinyshakespeare_train.jsonl", "lm_tinyshakespeare_valid.jsonl")),
             max_length=96,
+            rates=(7.5e-4, 1.5e-3, 3e-3),
         ),
         replace(
             _encoder(
