@@ -46,6 +46,9 @@ class Spread(torch.utils.data.Sampler[int]):
     def __len__(self) -> int:
         return len(self.wanted) * self.batch_size
 
+    def set_epoch(self, epoch: int) -> None:
+        """As trivet's sampler is told; there is one epoch here."""
+
     def __iter__(self) -> Iterator[int]:
         order = list(self.inner)
         whole = len(order) // self.batch_size
