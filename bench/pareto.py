@@ -63,7 +63,8 @@ def draw(rows: Rows, path: Path = PICTURE) -> None:
             _line(axis, mine, one, 2 ** (place * STEP), *style)
         _line(axis, [groups[name] for name in ("auto",) if name in groups], one, 1.0, *AUTO)
         axis.set_xscale("log", base=2)
-        axis.set_xlim(0.4, 80)
+        smallest = min(group.parameters for group in groups.values()) / one
+        axis.set_xlim(min(0.7, 0.8 * smallest), 80)
         axis.xaxis.set_major_locator(FixedLocator([2**n for n in range(7)]))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axis.set_title(f"{task.title}\n1 = {one:,.0f} parameters", fontsize=9)
