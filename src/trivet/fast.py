@@ -36,7 +36,7 @@ def speed_up(model: Any) -> None:
         if type(module).__name__.endswith("RMSNorm") and _eps(module) is not None and _is_rms_norm(module):
             module.forward = types.MethodType(fused_norm, module)
         elif type(module) is nn.Dropout:
-            module.forward = types.MethodType(_dropout_layer, module)
+            module.forward = types.MethodType(_dropout_layer, module)  # type: ignore[method-assign]
         elif _calls_dropout(module):
             module.forward = types.MethodType(_with_fast_dropout(type(module).forward), module)
 
