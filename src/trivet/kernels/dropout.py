@@ -18,16 +18,19 @@ def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
     """x with a share `p` of its entries 0 and the others divided by 1 - p; which ones, torch's global state decides.
 
     Args:
-        x: any shape, on a CPU. A byte an entry is kept for the backward pass.
+        x: any shape, on a CPU (or without data, on the meta device). A byte an entry is kept for the backward pass.
         p: above 0 and below 1; taken to the nearest multiple of 2⁻¹⁶.
     """
     return _Dropout.apply(x, p)
 
 
-def keep(shape: Sequence[int], p: float, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Which entries stay: bool of `shape`, each False with probability `p`, on the CPU."""
+def keep(
+    shape: Sequence[int], p: float, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Which entries stay: bool of `shape`, each False with probability `p`."""
     count = torch.Size(shape).numel()
-    numbers = torch.empty(-(-count // _CHOICES), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    numbers = torch.empty(-(-count // _CHOICES), dtype=torch.int64, device=device)
+    numbers.random_(-(2**63), None, generator=generator)
     dropped = min(round(p * _LEVELS), _LEVELS - 1)
     return (numbers.view(torch.int16)[:count] >= dropped - _LEVELS // 2).view(shape)
 
@@ -35,7 +38,7 @@ def keep(shape: Sequence[int], p: float, generator: torch.Generator | None = Non
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Any, p: float) -> torch.Tensor:
-        kept = keep(x.shape, p)
+        kept = keep(x.shape, p, device=x.device)
         ctx.save_for_backward(kept)
         ctx.p = p
         return _scaled(x, kept, p)
