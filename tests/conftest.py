@@ -48,15 +48,21 @@ def bpe_tokenizer(special: tuple[str, ...] = ("<|endoftext|>",), **names: str) -
 
 
 def word_tokenizer() -> Any:
-    """A small lower-casing WordPiece-like tokenizer with [CLS] and [SEP], of BERT's kind."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    """A small lower-casing WordPiece tokenizer with [CLS] and [SEP], of BERT's kind: the corpus's words and letters.
+
+    It is not trained: another vocabulary would come out each time, and with its size other weights of tiny models.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    raw = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    split = pre_tokenizers.BertPreTokenizer()
+    words = sorted({word for text in CORPUS for word, _ in split.pre_tokenize_str(text.lower())})
+    letters = sorted(set("".join(words)))
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{letter}" for letter in letters), *words]
+    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    raw = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     raw.normalizer = normalizers.Lowercase()
-    raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    raw.train_from_iterator(CORPUS, trainers.WordPieceTrainer(vocab_size=300, special_tokens=special))
+    raw.pre_tokenizer = split
     raw.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )

@@ -44,9 +44,7 @@ def made(kind: str, base: Path, folder: Path, **settings: Any) -> Path:
     draw = torch.Generator().manual_seed(1)
     for name, p in adapted.named_parameters():
         if "lora_" in name and "magnitude" not in name:
-            p.data = torch.randn(p.shape, generator=draw) * (
-                0.3 if kind == "gpt2" else 0.1
-            )  # as far as 16 bits can tell
+            p.data = torch.randn(p.shape, generator=draw) * (0.1 if kind == "t5" else 0.3)
     adapted.save_pretrained(folder, save_embedding_layers=False)
     return folder
 
