@@ -134,6 +134,11 @@ class _FastDropout(TorchFunctionMode):
         return (_dropout if func is nn.functional.dropout else func)(*args, **(kwargs or {}))
 
 
+def _computed_again(module: nn.Module) -> bool:
+    """Whether gradient checkpointing computes the module, or a part of it, anew in the backward pass."""
+    return any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
+
+
 #: Whether an outer module has switched it on: twice would cost twice.
 _ON: ContextVar[bool] = ContextVar("fast dropout", default=False)
 
@@ -146,8 +151,7 @@ def _with_fast_dropout(own: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(own)  # generation reads the signature
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        again = any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
-        if not self.training or again or _ON.get():
+        if not self.training or _ON.get() or _computed_again(self):
             return own(self, *args, **kwargs)
         before = _ON.set(True)
         try:
