@@ -11,12 +11,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from quality_table import ENOUGH, Group, Rows, differences, interval, pooled, read
+from quality import RESULTS
+from quality_table import ENOUGH, Group, Rows, differences, interval, over_tasks, pooled, read
 from quality_tasks import CANDIDATES, SEEDS, TASKS, Task
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results" / "quality.jsonl"
-PICTURE = HERE.parent / "docs" / "images" / "pareto.png"
+PICTURE = Path(__file__).resolve().parents[1] / "docs" / "images" / "pareto.png"
 #: The methods that come in several sizes, with Okabe & Ito's colours, which colour-blind people can tell apart.
 LINES = {
     "lora": ("plain LoRA", "#555555", "o"),
@@ -26,9 +25,9 @@ LINES = {
     "truncated": ("r = 16, then cut", "#CC79A7", "v"),
     "peft_adalora": ("PEFT's AdaLoRA", "#E69F00", "X"),
 }
+AUTO = ("auto", "#D55E00", "*")
 #: Methods of a size stand side by side, each moved by so many doublings more.
 STEP = 0.07
-AUTO = ("auto", "#D55E00", "*")
 #: What a default would be measured by: at most a quarter of r = 16's parameters.
 SMALL = ("lora-r4", "squeeze-r4", "planned-r4", "uniform_squeeze-r4", "lora-r2", "squeeze-r2", "auto")
 
@@ -61,7 +60,7 @@ def draw(rows: Rows, path: Path = PICTURE) -> None:
         for place, (family, style) in enumerate(LINES.items()):
             mine = [g for name, g in groups.items() if name.rpartition("-r")[0] == family]
             _line(axis, mine, one, 2 ** (place * STEP), *style)
-        _line(axis, [groups[name] for name in ("auto",) if name in groups], one, 1.0, *AUTO)
+        _line(axis, [g for name, g in groups.items() if name == "auto"], one, 1.0, *AUTO)
         axis.set_xscale("log", base=2)
         smallest = min(group.parameters for group in groups.values()) / one
         axis.set_xlim(min(0.7, 0.8 * smallest), 80)
@@ -120,11 +119,10 @@ def against_r16(rows: Rows) -> str:
             if len(found) >= ENOUGH and mean - half > 0:
                 worse.append(task.title)
         if shifts:
-            means = [statistics.mean(same) for same in shifts.values()]
-            mean, half = interval(means)
+            mean, half, count = over_tasks(shifts)
             lines.append(
                 f"| {name} | {statistics.mean(shares):.0%} | {mean:+.2f} | {mean - half:+.2f} to {mean + half:+.2f} | "
-                f"{len(means)} | {'; '.join(worse) or 'none'} |"
+                f"{count} | {'; '.join(worse) or 'none'} |"
             )
     return "\n".join(lines)
 

@@ -41,7 +41,7 @@ from versions import versions
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quality.jsonl"
 #: Metrics that are kept of each split.
-KEPT = ("loss", "accuracy", "macro_f1", "matthews", "token_accuracy", "pearson", "mse")
+KEPT = ("loss", "accuracy", "macro_f1", "matthews", "token_accuracy")
 
 
 def main() -> None:
@@ -199,12 +199,11 @@ def fit(session: Any, loaded: Loaded, config: Any) -> dict[str, float]:
 
 
 def figures(session: Any, rows: Any) -> dict[str, float]:
-    """The kept metrics of the model as it is now; a regression's loss is its squared error."""
+    """The kept metrics of the model as it is now."""
     from trivet.evaluate.measure import Settings
 
     side = session.evaluator(rows, Settings(generate=False)).measure(session.model)
-    found = {metric.name: metric.score for group in side.groups for metric in group if metric.name in KEPT}
-    return {"loss": found.get("mse")} | found
+    return {metric.name: metric.score for group in side.groups for metric in group if metric.name in KEPT}
 
 
 def truncate(model: Any, rank: int) -> None:

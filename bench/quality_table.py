@@ -151,6 +151,15 @@ def pooled(groups: list[Group]) -> float:
     return math.sqrt(statistics.mean(spreads)) if spreads else 0.0
 
 
+def over_tasks(shifts: dict[str, list[float]]) -> tuple[float, float, int]:
+    """Mean, half of its 95% interval, and the number of tasks, of shifts by the rows that were trained on.
+
+    Rows that were trained on in two settings are one task, with the mean of both.
+    """
+    means = [statistics.mean(same) for same in shifts.values()]
+    return *interval(means), len(means)
+
+
 def table(rows: Rows, tasks: list[Task], candidates: list[Candidate], seeds: list[int]) -> str:
     """Markdown: a table a task, and one over all tasks."""
     lines: list[str] = []
@@ -170,12 +179,9 @@ def table(rows: Rows, tasks: list[Task], candidates: list[Candidate], seeds: lis
         lines += ["", f"One standard deviation over seeds (pooled): {spread:.4f} nats.", ""]
     lines += ["### Over all tasks", "", *_OVERALL]
     for name, found in overall.items():
-        shifts = [statistics.mean(same) for same in found.values()]
-        mean, half = interval(shifts)
-        shown = (
-            f"{mean - half:+.2f} to {mean + half:+.2f}" if len(shifts) >= ENOUGH else f"n = {len(shifts)}: too small"
-        )
-        lines.append(f"| {name} | {mean:+.2f} | {shown} | {len(shifts)} |")
+        mean, half, count = over_tasks(found)
+        shown = f"{mean - half:+.2f} to {mean + half:+.2f}" if count >= ENOUGH else f"n = {count}: too small"
+        lines.append(f"| {name} | {mean:+.2f} | {shown} | {count} |")
     lines += ["", _NOTES]
     return "\n".join(lines)
 

@@ -214,11 +214,12 @@ def splits(task: Task, folder: Path) -> Any:
     if task.held_out == "train":
         train, validation = train.split(min(500, len(train) // 10), SPLIT_SEED)
     else:
-        prompts = sorted({str(e.prompt or e.text) for e in test})
+        given = [str(e.prompt or e.text) for e in test]
+        prompts = sorted(set(given))
         random.Random(SPLIT_SEED).shuffle(prompts)
         chosen = set(prompts[: len(prompts) // 2])
         halves = [
-            replace(test, examples=[e for e in test if (str(e.prompt or e.text) in chosen) is side])
+            replace(test, examples=[e for e, prompt in zip(test, given, strict=True) if (prompt in chosen) is side])
             for side in (True, False)
         ]
         validation, test = halves
