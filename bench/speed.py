@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", help="only these of each workload's")
     parser.add_argument("--rounds", type=int, help=f"turns of each side, the first {WARMUP} to warm up (default 9)")
     parser.add_argument("--data", type=Path, help="folder of the task files; their first 2,000 rows are used")
-    parser.add_argument("--base", default="demo", help="the language model: demo, or a local folder")
+    parser.add_argument("--base", default="demo", help="the model: demo (trec: demo-encoder), or a local folder")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--size", choices=("0.5b", "1b", "8b"), help="Llama with random weights (cuda: 1b)")
     parser.add_argument("--batch", type=int, help="rows of a dense step (4; cuda: 8)")
@@ -131,7 +131,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit(f"--sides: {name} has {', '.join(work.sides)}")
     spec = vars(work) | {"device": arguments.device, "rounds": arguments.rounds, "base": arguments.base}
     spec |= {"warmup": min(WARMUP, arguments.rounds - 1), "size": arguments.size}
-    if work.kind == "labels":
+    if work.kind == "labels" and spec["base"] == "demo":
         spec["base"] = "demo-encoder"
     if name == "dense":
         spec |= {"rows": arguments.batch or work.rows, "length": arguments.length or work.length}

@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests need no model hub, and must not wait for one
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+settings.register_profile("repeatable", derandomize=True)  # the same examples every time; fuzz.py draws others
+settings.load_profile("repeatable")
 
 #: Real data and tokenizers beside the checkout; tests that need them skip where they are absent.
 SHARED = Path(__file__).resolve().parents[2] / "shared"

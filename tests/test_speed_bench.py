@@ -12,6 +12,8 @@ import numpy
 import pytest
 import torch
 
+from conftest import write_jsonl
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import speed
@@ -144,6 +146,19 @@ def test_driver_takes_turns_and_goes_on_without_a_side(tmp_path: Path) -> None:
     assert str(tmp_path) not in out.read_text()
     shown = run(out, "--table")
     assert "| dense (2 rows of 32 tokens) | trivet" in shown.stdout
+
+
+def test_driver_runs_our_trainer_on_rows(tmp_path: Path, tiny: Any) -> None:
+    rows = [{"text": f"the {name} is blue", "label": name} for name in ("sky", "house") for _ in range(8)]
+    write_jsonl(tmp_path / "cls_trec_train.jsonl", rows)
+    out = tmp_path / "speed.jsonl"
+    options = ("--rounds", "4", "--workloads", "trec", "--sides", "trivet", "--data", str(tmp_path))
+    ended = run(out, "--tiny", *options, "--base", str(tiny("bert")))
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    found = json.loads(out.read_text())
+    side = found["sides"]["trivet"]
+    assert found["model"] == "bert" and (side["rows"], side["supervised"]) == ([2, 2], [2, 2])
+    assert all(tokens > 4 for tokens in side["tokens"]) and min(side["seconds"]) > 0
 
 
 def test_a_side_that_cannot_run_says_why(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trivet.kernels.dropout import dropout, keep
+from trivet.kernels.dropout import dropout, keep, zero
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
@@ -22,7 +22,7 @@ def test_it_drops_its_share_and_scales_the_rest(p: float, dtype: torch.dtype) ->
 
 def test_choices_are_independent() -> None:
     """Of entries that share a random number, of neighbours, rows and columns: correlations are those of chance."""
-    kept = keep((4096, 64), 0.25, torch.Generator().manual_seed(3)).double() - 0.75
+    kept = keep((4096, 64), 0.25, torch.Generator().manual_seed(3)).neg().double() - 0.75
     chance = 5 * 0.25 * 0.75 / kept.numel() ** 0.5
     for lag in (1, 2, 3, 4, 5, 64):
         flat = kept.flatten()
@@ -39,8 +39,18 @@ def test_any_number_of_entries(count: int) -> None:
 
 
 def test_next_to_nothing_and_next_to_all() -> None:
-    assert keep((10_000,), 1e-9).all()  # to the nearest multiple of 2⁻¹⁶
-    assert not keep((10_000,), 1 - 1e-9).float().mean() > 0.01
+    assert (keep((10_000,), 1e-9) == -1).all()  # to the nearest multiple of 2⁻¹⁶
+    assert not keep((10_000,), 1 - 1e-9).neg().float().mean() > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_zero_keeps_every_bit_of_what_stays(dtype: torch.dtype) -> None:
+    x = torch.randn(301, 64).T.to(dtype)  # not contiguous
+    x[0, 0], x[0, 1], x[0, 2] = torch.nan, torch.inf, -0.0
+    kept = keep(x.shape, 0.3)
+    assert set(kept.unique().tolist()) == {-1, 0}
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    assert torch.equal(zero(x, kept).view(bits), torch.where(kept == -1, x, 0).view(bits))
 
 
 def test_the_gradient_goes_where_the_entries_stayed() -> None:

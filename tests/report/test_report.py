@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
@@ -333,6 +334,7 @@ def test_which_metrics_are_better_low_is_the_metrics_own_word() -> None:
 
 
 @settings(deadline=None)
+@example(1000.0, 0.001953125)
 @given(st.floats(-1e3, 1e3), st.floats(1e-3, 1e6))
 def test_ticks_are_round_and_span_the_range(low: float, width: float) -> None:
     ticks = nice_ticks(low, low + width, 5)
@@ -340,7 +342,10 @@ def test_ticks_are_round_and_span_the_range(low: float, width: float) -> None:
     assert ticks[0] <= low + rounding
     assert ticks[-1] >= low + width - rounding
     assert 2 <= len(ticks) <= 8
-    assert all(abs(tick - float(f"{tick:.7g}")) <= rounding for tick in ticks)
+    step = ticks[1] - ticks[0]
+    power = 10 ** math.floor(math.log10(step) + 1e-6)
+    step = min((m * power for m in (1, 2, 2.5, 5)), key=lambda round_one: abs(round_one - step))
+    assert all(abs(tick - round(tick / step) * step) <= rounding for tick in ticks)
 
 
 @settings(max_examples=20, deadline=None)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from update_toys import Toy
 
-from trivet.update.adamw import trained
+from trivet.update.adamw import adamw, trained
 from trivet.update.chain import Joint, chain, rank_step
 
 
@@ -90,3 +90,21 @@ def test_joint_optimizers_step_as_each_alone() -> None:
     assert [group["lr"] for group in whole.param_groups] == [0.1, 0.2]
     with pytest.raises(TypeError, match="closure"):
         whole.step(lambda: torch.tensor(0.0))
+
+
+@pytest.mark.parametrize("parameter_turned", [False, True])
+def test_adamw_whatever_the_layout(parameter_turned: bool) -> None:
+    """torch's fused kernel pairs numbers by their place in memory, without a look at strides."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(4, 6, generator=generator).T
+    start = start if parameter_turned else start.contiguous()
+    ours, theirs = (torch.nn.Parameter(start.clone(memory_format=torch.preserve_format)) for _ in range(2))
+    assert ours.is_contiguous() is not parameter_turned
+    steps = [adamw([{"params": [ours], "weight_decay": 0.1}], 0.1), torch.optim.AdamW([theirs], 0.1, weight_decay=0.1)]
+    for turned in (False, True, True):
+        gradient = torch.randn(6, 4, generator=generator)
+        for p in (ours, theirs):
+            p.grad = gradient.T.contiguous().T if turned else gradient.clone()
+        for step in steps:
+            step.step()
+    torch.testing.assert_close(ours, theirs)

@@ -31,7 +31,7 @@ def test_lora_plus_takes_peft_s_steps() -> None:
     ours, theirs = Toy(), Toy()
     one = ours.optimizer("lora_plus", learning_rate=1e-3, weight_decay=0.1, ratio=8.0)
     two = create_loraplus_optimizer(
-        theirs.model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=8.0, loraplus_weight_decay=0.1
+        theirs.model, torch.optim.AdamW, lr=1e-3, fused=True, loraplus_lr_ratio=8.0, loraplus_weight_decay=0.1
     )
     ours.train(one, 5)
     theirs.train(two, 5)
@@ -49,7 +49,7 @@ def test_lora_plus_takes_peft_s_steps_for_embeddings() -> None:
 
     (ours, x), (theirs, _) = made(), made()
     one = optimizer(adapted_layers(ours), [], learning_rate=1e-3, ratio=8.0)
-    two = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=8.0)
+    two = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-3, fused=True, loraplus_lr_ratio=8.0)
     for model, stepper in ((ours, one), (theirs, two)):
         for _ in range(3):
             (model(x) ** 2).sum().backward()

@@ -14,7 +14,7 @@ from peft.tuners import lora
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from trivet.kernels.dropout import keep
+from trivet.kernels.dropout import keep, zero
 
 
 class FastLinear(lora.Linear):  # type: ignore[misc]
@@ -103,5 +103,5 @@ def _dropped(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
         return x
     random = torch.Generator(x.device).manual_seed(seed)
     if x.device.type == "cpu":
-        return torch.where(keep(x.shape, p, random), x, 0)
+        return zero(x, keep(x.shape, p, random))
     return x * (torch.rand(x.shape, generator=random, device=x.device) >= p)

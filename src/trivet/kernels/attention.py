@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from trivet.kernels.dropout import keep
+from trivet.kernels.dropout import keep, zero
+from trivet.kernels.softmax import softmax, softmax_backward
 
 #: Queries in a block: small blocks skip more above the diagonal and stay in cache, large ones are better products.
 _SHORT, _LONG, _LONG_FROM = 64, 128, 1024
@@ -64,12 +65,13 @@ class _Attention(torch.autograd.Function):
         k, v = (t.reshape(-1, *t.shape[2:]) for t in (key, value))
         out = q.new_empty(batch, length, heads, v.shape[-1])
         by_head = out.view(batch, length, -1, shared, v.shape[-1])
-        random = _random(seed)
+        random, share = _random(seed), 1 / (1 - dropout)
+        weighted = v if random is None else v * share
         for rows, seen in _blocks(length, k.shape[1], causal):
             p = _probabilities(q, k, mask, rows, seen, causal, scale, batch)
-            kept = _keep(p, dropout, random)
-            p = p if kept is None else p.mul_(kept)
-            part = torch.bmm(p, v[:, :seen]).view(batch, -1, shared, rows.stop - rows.start, v.shape[-1])
+            if random is not None:
+                p = zero(p, keep(p.shape, dropout, random))
+            part = torch.bmm(p, weighted[:, :seen]).view(batch, -1, shared, rows.stop - rows.start, v.shape[-1])
             by_head[:, rows] = part.permute(0, 3, 1, 2, 4)
         ctx.save_for_backward(q, k, v, mask)
         ctx.settings = causal, scale, dropout, seed, batch
@@ -82,18 +84,18 @@ class _Attention(torch.autograd.Function):
         shared, length = q.shape[1], q.shape[2]
         grads = grad.reshape(batch, length, -1, shared, v.shape[-1])
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        random = _random(seed)
+        random, share = _random(seed), 1 / (1 - dropout)
+        weighted = v if random is None else v * share
         for rows, seen in _blocks(length, k.shape[1], causal):
             p = _probabilities(q, k, mask, rows, seen, causal, scale, batch)
-            kept = _keep(p, dropout, random)
             g = grads[:, rows].permute(0, 2, 3, 1, 4).reshape(len(k), -1, v.shape[-1])
-            dp = torch.bmm(g, v[:, :seen].transpose(1, 2))
-            if kept is None:
-                dv[:, :seen].baddbmm_(p.transpose(1, 2), g)
-            else:
-                dv[:, :seen].baddbmm_((p * kept).transpose(1, 2), g)
-                dp.mul_(kept)
-            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+            dp = torch.bmm(g, weighted[:, :seen].transpose(1, 2))
+            left = p
+            if random is not None:
+                kept = keep(p.shape, dropout, random)
+                left, dp = zero(p, kept), zero(dp, kept)
+            dv[:, :seen].baddbmm_(left.transpose(1, 2), g, alpha=share)
+            ds = softmax_backward(dp, p)
             dq[:, :, rows] = torch.bmm(ds, k[:, :seen]).mul_(scale).view(len(k), shared, -1, q.shape[-1])
             dk[:, :seen].baddbmm_(ds.transpose(1, 2), _rows(q, rows), alpha=scale)
         heads = shared * len(k) // batch
@@ -127,13 +129,8 @@ def _probabilities(
         part = mask if mask.shape[2] == 1 else mask[:, :, rows]
         by_head = scores.view(batch, -1, q.shape[1], count, seen)
         by_head.add_(part.unsqueeze(2) if part.shape[1] == 1 else part.view(len(part), -1, q.shape[1], *part.shape[2:]))
-    return torch.softmax(scores, -1)
+    return softmax(scores)
 
 
 def _random(seed: int | None) -> torch.Generator | None:
     return None if seed is None else torch.Generator().manual_seed(seed)
-
-
-def _keep(p: torch.Tensor, dropout: float, random: torch.Generator | None) -> torch.Tensor | None:
-    """0 for the weights that are dropped, 1 / (1 - dropout) for the others."""
-    return None if random is None else keep(p.shape, dropout, random).to(p.dtype).mul_(1 / (1 - dropout))

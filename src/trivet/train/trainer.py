@@ -95,6 +95,11 @@ class Trainer(CheckpointTrainer):
         if processes.sharded():
             shard(self.model)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, every part of the model in training mode (one that was just loaded is not)."""
+        self.model.train()
+        return super().train(*args, **kwargs)
+
     def create_accelerator_and_postprocess(self) -> None:
         """The accelerator, which leaves the model as it is: the gradients are summed here."""
         super().create_accelerator_and_postprocess()
@@ -140,7 +145,7 @@ class Trainer(CheckpointTrainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward pass of a micro-batch, in halves where memory has no room for it."""
-        step = super().training_step
+        step = self._pass
         if not inputs:  # at the end of a pass, where other processes have the last rows
             loss = torch.zeros((), device=self.args.device)
             if processes.sharded():  # they need this one's part of the weights: of this row nothing is learned
@@ -153,6 +158,20 @@ class Trainer(CheckpointTrainer):
         if self.accelerator.sync_gradients:
             self._sum_gradients()
         return loss * self.args.world_size  # transformers logs the mean over processes
+
+    def _pass(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
+        """Forward and backward pass. transformers' own walks through the model in every step."""
+        if not model.training:
+            model.train()
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Clip what is trained; the model would be walked through to find it."""
+        return self.accelerator.clip_grad_norm_(self._trained(), self.args.max_grad_norm)
 
     def _sum_gradients(self) -> None:
         """Make every process's gradients those of the whole step. One that has none anywhere stays without."""

@@ -19,7 +19,26 @@ def optimizer(
     weight_decay: float = 0.0,
 ) -> torch.optim.Optimizer:
     """AdamW (betas 0.9, 0.999) over the layers' factors and the `rest`; vectors (biases, norms) are not decayed."""
-    return torch.optim.AdamW(decayed([*trained(layers), *others(rest)], weight_decay), lr=learning_rate)
+    return adamw(decayed([*trained(layers), *others(rest)], weight_decay), learning_rate)
+
+
+def adamw(groups: list[dict[str, Any]], learning_rate: float) -> torch.optim.AdamW:
+    """torch's AdamW over parameter groups, each tensor in one pass where its fused kernel can be trusted.
+
+    That kernel takes a tensor's numbers in the order in which they lie in memory and does not look whether its gradient
+    lies likewise, so parameters must be contiguous and gradients are laid out anew where they are not.
+    """
+    contiguous = all(p.is_contiguous() for group in groups for p in group["params"])
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=contiguous or None)
+    optimizer.register_step_pre_hook(_lay_out)
+    return optimizer
+
+
+def _lay_out(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None and p.grad.stride() != p.stride():
+                p.grad = torch.empty_like(p).copy_(p.grad)
 
 
 def trained(layers: Iterable[AdaptedLayer]) -> list[nn.Parameter]:

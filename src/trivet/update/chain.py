@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from trivet.adapter.layers import AdaptedLayer
-from trivet.update.adamw import decayed
+from trivet.update.adamw import adamw, decayed
 
 #: Rewrites `.grad` of the optimizer's parameters. What it remembers of one of them is in `optimizer.state[parameter]`:
 #: there `state_dict` finds it, and a change of rank transports it (keys ending in `_sq` and `gram` as such).
@@ -112,5 +112,5 @@ def joint(
     if matrices:
         parts.append(torch.optim.SGD(decayed(matrices, weight_decay), lr=learning_rate))
     if remaining:
-        parts.append(torch.optim.AdamW(decayed(remaining, weight_decay), lr=learning_rate))
+        parts.append(adamw(decayed(remaining, weight_decay), learning_rate))
     return Joint(*parts)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from trivet.adapter.layers import AdaptedLayer
-from trivet.update.adamw import decayed, others, trained
+from trivet.update.adamw import adamw, decayed, others, trained
 
 #: Both factors of an embedding, in the authors' code and PEFT's: its inputs are one-hot, so their rows need no width.
 EMBEDDING_RATE = 1e-6
@@ -36,4 +36,4 @@ def optimizer(
         *decayed(embeddings, weight_decay, lr=EMBEDDING_RATE),
         *decayed(fast, weight_decay, lr=learning_rate * ratio),
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate)
+    return adamw(groups, learning_rate)
