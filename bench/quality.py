@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from quality_adalora import attach_peft_adalora, follow_adalora, is_adalora, masked_parameters
+from quality_full import FULL, attach_full, restore
 from quality_table import append, best_loss, check, next_run, read, table
 from quality_tasks import (
     CANDIDATES,
@@ -138,6 +139,7 @@ def run(loaded: Loaded, candidate: Candidate, seed: int, rate: float, scale: flo
         whole = sum(size for name, size in sizes if "modules_to_save" in name)
     finally:
         model.unload()
+        restore(loaded, model)
     start_heads(loaded, seed)
     if fingerprint(loaded) != before:
         raise RuntimeError(f"{candidate.name} changed the base model of {loaded.task.name}")
@@ -221,6 +223,8 @@ def truncate(model: Any, rank: int) -> None:
 
 def attach(loaded: Loaded, candidate: Candidate, config: Any, scale: float) -> Any:
     """A fresh adapter, as a run attaches it."""
+    if candidate.name == FULL:
+        return attach_full(loaded, config.training.seed)
     if candidate.method is None:
         return attach_peft_adalora(loaded, candidate, config.training.seed, scale)
     from functools import partial
@@ -231,6 +235,7 @@ def attach(loaded: Loaded, candidate: Candidate, config: Any, scale: float) -> A
     return attach_adapter(
         loaded.base.model,
         lora_rank=candidate.rank,
+        lora_alpha=scale * candidate.rank,
         modules_to_save=loaded.base.fresh,
         task=loaded.base.task,
         method=candidate.method,

@@ -119,7 +119,7 @@ class Group:
     @property
     def plain(self) -> bool:
         """Whether it is plain LoRA, left as it was trained."""
-        return self.candidate.method == "lora" and self.candidate.cut_to is None
+        return self.candidate.name == f"lora-r{self.candidate.rank}"
 
     def reference(self, groups: list[Group]) -> Group | None:
         """Plain LoRA of the nearest size, by ratio; None for plain LoRA itself."""

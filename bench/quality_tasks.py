@@ -159,6 +159,8 @@ CANDIDATES: dict[str, Candidate] = {
     candidate.name: candidate
     for candidate in (
         *(Candidate(f"lora-r{rank}", "lora", rank) for rank in (4, 2, 1, 8, 16, 32, 64)),
+        Candidate("rslora-r16", "lora", 16, 1 / 4, (8.0,)),  # alpha / sqrt(r), at r = 16's alpha of 32
+        Candidate("full", "lora", 1, 1 / 15),  # `quality_full` has what it is
         *(Candidate(f"truncated-r{rank}", "lora", 16, cut_to=rank) for rank in (4, 2)),
         *(_budgeted(policy, rank) for rank in (4, 2) for policy in ("squeeze", "uniform_squeeze", "planned")),
         Candidate("auto", "auto", 8),

@@ -91,6 +91,7 @@ def test_no_run_depends_on_the_ones_before(loaded: Any) -> None:
     first = quality.run(loaded, LORA, 1, 1e-2, 2.0)
     squeezed = quality.run(loaded, SQUEEZE, 1, 1e-2, 2.0)
     quality.run(loaded, ADALORA, 2, 1e-2, 2.0)
+    full = quality.run(loaded, CANDIDATES["full"], 1, 1e-2, 2.0)
     again = quality.run(loaded, LORA, 1, 1e-2, 2.0)
     assert (first["validation"], first["test"]) == (again["validation"], again["test"])
     assert first["validation"] != quality.run(loaded, LORA, 3, 1e-2, 2.0)["validation"]
@@ -99,6 +100,8 @@ def test_no_run_depends_on_the_ones_before(loaded: Any) -> None:
     assert {name for name in base if base[name] != at_one[name]} <= {"classifier.weight", "classifier.bias"}
     assert squeezed["ranks"]["layers"] == len(quality_tasks.targets(loaded)) == 13
     assert first["adapter_parameters"] == first["trainable_parameters"] - 2 * 33  # the head of 32 inputs and a bias
+    assert full["trainable_parameters"] == sum(p.numel() for p in loaded.base.model.parameters())
+    assert full["validation"] not in (first["validation"], squeezed["validation"])
     assert squeezed["adapter_parameters"] <= first["adapter_parameters"] / 2
 
 
