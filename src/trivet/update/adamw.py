@@ -10,6 +10,9 @@ from torch import nn
 
 from trivet.adapter.layers import AdaptedLayer
 
+#: Where the fused kernel is used; `meta` has no numbers, and counts them.
+_FUSED = ("cpu", "cuda", "meta")
+
 
 def optimizer(
     layers: Sequence[AdaptedLayer],
@@ -28,8 +31,8 @@ def adamw(groups: list[dict[str, Any]], learning_rate: float) -> torch.optim.Ada
     That kernel takes a tensor's numbers in the order in which they lie in memory and does not look whether its gradient
     lies likewise, so parameters must be contiguous and gradients are laid out anew where they are not.
     """
-    contiguous = all(p.is_contiguous() for group in groups for p in group["params"])
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=contiguous or None)
+    trusted = all(p.is_contiguous() and p.device.type in _FUSED for group in groups for p in group["params"])
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=trusted or None)
     optimizer.register_step_pre_hook(_lay_out)
     return optimizer
 
