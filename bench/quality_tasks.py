@@ -143,8 +143,9 @@ class Candidate:
         return self.method is None or (isinstance(self.method, dict) and "rank" in self.method) or self.name == "auto"
 
 
-def _budgeted(policy: str, rank: int) -> Candidate:
-    return Candidate(f"{policy}-r{rank}", {"rank": {"name": policy, "budget": f"r{rank}-equivalent"}}, rank)
+def _budgeted(policy: str, rank: int, called: str | None = None, **options: Any) -> Candidate:
+    method = {"rank": {"name": policy, "budget": f"r{rank}-equivalent", **options}}
+    return Candidate(f"{called or policy}-r{rank}", method, rank)
 
 
 #: Ablations change one leg of plain LoRA at r = 4; `zero` and `adamw` are plain LoRA itself. Rates' factors: PiSSA's
@@ -163,7 +164,10 @@ CANDIDATES: dict[str, Candidate] = {
         Candidate("full", "lora", 1, 1 / 15),  # `quality_full` has what it is
         *(Candidate(f"truncated-r{rank}", "lora", 16, cut_to=rank) for rank in (4, 2)),
         *(_budgeted(policy, rank) for rank in (4, 2) for policy in ("squeeze", "uniform_squeeze", "planned")),
+        _budgeted("squeeze", 4, "squeeze_late", begin=0.5, end=0.9),
+        _budgeted("squeeze", 4, "squeeze_plainstep", rank_aware_step=False),
         Candidate("auto", "auto", 8),
+        Candidate("auto_late", {"rank": {"name": "auto", "begin": 0.6, "end": 0.9}}, 8),
         *(_budgeted("adalora", rank) for rank in (4, 2)),
         *(Candidate(f"peft_adalora-r{rank}", None, rank, 3.0, (2.0, 8.0)) for rank in (4, 2)),
         *(Candidate(f"decompose-{name}", {"decompose": name}, 4, factor) for name, factor in _DECOMPOSE.items()),
