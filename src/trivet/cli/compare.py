@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from trivet.cli.app import verb
+from trivet.cli.measuring import ALL_ROWS, BatchSize, MaxGenerateRows, MaxNewTokens, MaxRows, NoGenerate, Output
 from trivet.cli.train import show
 from trivet.errors import ConfigError
 
@@ -22,13 +22,13 @@ def register(app: typer.Typer) -> None:
         data: Annotated[
             str, typer.Option(help="file or hub id; default: the first run's test or validation rows")
         ] = "",
-        max_rows: Annotated[int, typer.Option(min=1, help="at most so many rows")] = 1_000_000_000,
-        max_generate_rows: Annotated[int, typer.Option(min=1, help="write answers for at most so many rows")] = 200,
-        max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer, in tokens")] = 128,
-        batch_size: Annotated[int, typer.Option(min=1, help="rows per forward pass")] = 16,
-        no_generate: Annotated[bool, typer.Option("--no-generate", help="only what needs no written answer")] = False,
+        max_rows: MaxRows = ALL_ROWS,
+        max_generate_rows: MaxGenerateRows = 200,
+        max_new_tokens: MaxNewTokens = 128,
+        batch_size: BatchSize = 16,
+        no_generate: NoGenerate = False,
         base_model: Annotated[str, typer.Option(help="where an adapter does not say which it belongs to")] = "",
-        output: Annotated[Path | None, typer.Option(help="also write the figures to this JSON file")] = None,
+        output: Output = None,
     ) -> None:
         """Compare each with the first on the same rows: paired differences with 95% intervals, and a verdict."""
         if output is not None and output.is_dir():
