@@ -77,6 +77,20 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(place: Path, tmp_path
         assert outcome.result[key] == whole[key], key
 
 
+def test_a_run_that_was_killed_while_it_measured_trains_no_further(tmp_path: Path) -> None:
+    """Its 11 steps end within a pass over the rows."""
+    settings = {"training.max_steps": 11, "training.eval_steps": 11}
+    furnish(tmp_path)
+    whole = run(tmp_path, tmp_path / "run", **settings)
+    learned = what_was_learned(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "result.json").unlink()
+    again = run(tmp_path, tmp_path / "run", resume=True, **settings)
+    assert again.result["steps"] == whole.result["steps"] == 11
+    assert again.result["metrics"] == whole.result["metrics"]
+    assert what_was_learned(tmp_path / "run") == learned
+
+
 def test_each_step_is_logged_once(place: Path) -> None:
     rows = logged(place / "whole")
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))
@@ -325,13 +339,15 @@ def test_early_stopping_stops(contrary: Path, tmp_path: Path) -> None:
     assert min(losses, key=losses.__getitem__) == outcome.result["best_step"]
 
 
-def test_a_resumed_run_keeps_its_patience(contrary: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("last_is_left", [False, True])
+def test_a_resumed_run_keeps_its_patience(contrary: Path, tmp_path: Path, last_is_left: bool) -> None:
     settings = contrary_settings(contrary) | {"training.early_stopping_patience": 2}
     out = tmp_path / "run"
     outcome = run(contrary, out, **settings)
     last, learned = outcome.result["steps"], what_was_learned(out)
     saved = weights(out)
-    shutil.rmtree(out / "checkpoints" / f"checkpoint-{last}")
+    if not last_is_left:
+        shutil.rmtree(out / "checkpoints" / f"checkpoint-{last}")
     shutil.rmtree(out / "adapter")
     (out / "result.json").unlink()
     again = run(contrary, out, resume=True, **settings)

@@ -100,6 +100,15 @@ class Trainer(CheckpointTrainer):
         self.model.train()
         return super().train(*args, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """A pass over the rows; none where the checkpoint that is resumed from was the training's end."""
+        patient = [c for c in self.callback_handler.callbacks if isinstance(c, transformers.EarlyStoppingCallback)]
+        out_of_patience = any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in patient)
+        if self.state.global_step >= self.state.max_steps or out_of_patience:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def create_accelerator_and_postprocess(self) -> None:
         """The accelerator, which leaves the model as it is: the gradients are summed here."""
         super().create_accelerator_and_postprocess()
