@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from quality_adalora import attach_peft_adalora, follow_adalora, is_adalora, masked_parameters
-from quality_full import FULL, attach_full, restore
+from quality_full import attach_full, restore
 from quality_table import append, best_loss, check, next_run, read, table
 from quality_tasks import (
     CANDIDATES,
@@ -223,7 +223,7 @@ def truncate(model: Any, rank: int) -> None:
 
 def attach(loaded: Loaded, candidate: Candidate, config: Any, scale: float) -> Any:
     """A fresh adapter, as a run attaches it."""
-    if candidate.name == FULL:
+    if candidate.full:
         return attach_full(loaded, config.training.seed)
     if candidate.method is None:
         return attach_peft_adalora(loaded, candidate, config.training.seed, scale)

@@ -6,8 +6,6 @@ from typing import Any
 
 from quality_tasks import Loaded
 
-FULL = "full"
-
 
 def attach_full(loaded: Loaded, seed: int) -> Any:
     """The base with an adapter of rank 1 that is 0 and stays so: what trains adapters trains the weights instead."""

@@ -37,7 +37,6 @@ class Task:
     train_rows: int | None = None
     test_rows: int | None = None
     head_rate: float | None = None
-    wide_factor: float = 1.0  # moves the rates of what starts at r = 16
 
     @property
     def labelled(self) -> bool:
@@ -45,19 +44,15 @@ class Task:
 
 
 _RATES = (1.5e-3, 3e-3, 6e-3)
-
-#: Where what starts at r = 16 is tried at half of r = 4's rates: with r = 4's it chose the lowest, and seeds failed.
-WIDE = {"trec": 0.5, "trec-head": 0.5, "sst2": 0.5}
+#: What starts at r = 16 is tried at half of r = 4's rates: with r = 4's it chose the lowest, and seeds failed.
+WIDE = 1 / 2
 
 
 def _encoder(
     name: str, title: str, files: tuple[str, str], metric: str, steps: int, rates: tuple[float, ...] = _RATES
 ) -> Task:
     title = f"{title} (MiniLM-L6)"
-    return Task(
-        name, title, "demo-encoder", "bfloat16", *files, "train", steps, 16, 128, metric, rates, None, 1000,
-        wide_factor=WIDE.get(name, 1.0),
-    )  # fmt: skip
+    return Task(name, title, "demo-encoder", "bfloat16", *files, "train", steps, 16, 128, metric, rates, None, 1000)
 
 
 def _writer(name: str, title: str, files: tuple[str, str]) -> Task:
@@ -129,7 +124,9 @@ class Candidate:
     """A method to compare. `method` is what a config's `method` takes, or None for PEFT's own AdaLoRA.
 
     `factor` moves its learning rates from the task's towards where the method's own paper has them; every candidate
-    has as many of them. `scales` (alpha / r) are tried as well where there is more than one.
+    has as many of them. `scales` (alpha / r) are tried as well where there is more than one. `cut_to` is the rank that
+    singular values are cut to after training; `wide` says that training starts at r = 16; `full` trains the base
+    model's own weights, see `quality_full`.
     """
 
     name: str
@@ -139,11 +136,12 @@ class Candidate:
     scales: tuple[float, ...] = (2.0,)
     cut_to: int | None = None
     wide: bool = False
+    full: bool = False
 
     def trials(self, task: Task) -> list[tuple[float, float]]:
         """(learning rate, scale) of each trial, the middle rate first."""
         rates = sorted(task.rates, key=lambda rate: abs(rate - sorted(task.rates)[len(task.rates) // 2]))
-        factor = self.factor * (task.wide_factor if self.wide else 1.0)
+        factor = self.factor * (WIDE if self.wide else 1.0)
         return [(float(f"{rate * factor:.3g}"), scale) for rate, scale in itertools.product(rates, self.scales)]
 
     @property
@@ -173,8 +171,8 @@ CANDIDATES: dict[str, Candidate] = {
         Candidate("lora-r32", "lora", 32, 1 / 2),
         Candidate("lora-r64", "lora", 64, 1 / 4),
         Candidate("rslora-r16", "lora", 16, 1 / 4, (8.0,)),  # alpha / sqrt(r), at r = 16's alpha of 32
-        Candidate("full", "lora", 1, 1 / 15),  # `quality_full` has what it is
-        *(Candidate(f"truncated-r{rank}", "lora", 16, cut_to=rank) for rank in (4, 2)),
+        Candidate("full", "lora", 1, 1 / 15, full=True),
+        *(Candidate(f"truncated-r{rank}", "lora", 16, cut_to=rank, wide=True) for rank in (4, 2)),
         *(_budgeted(policy, rank) for rank in (4, 2) for policy in ("squeeze", "uniform_squeeze", "planned")),
         _budgeted("squeeze", 4, "squeeze_late", begin=0.5, end=0.9),
         _budgeted("squeeze", 4, "squeeze_plainstep", rank_aware_step=False),
