@@ -33,7 +33,8 @@ def adamw(groups: list[dict[str, Any]], learning_rate: float) -> torch.optim.Ada
     """
     trusted = all(p.is_contiguous() and p.device.type in _FUSED for group in groups for p in group["params"])
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=trusted or None)
-    optimizer.register_step_pre_hook(_lay_out)
+    if trusted:
+        optimizer.register_step_pre_hook(_lay_out)
     return optimizer
 
 
