@@ -1,4 +1,5 @@
-"""Replaces parts of a transformers model by faster ones that compute the same: attention, dropout (on CPUs), norms.
+"""Replaces parts of a transformers model by faster ones that compute the same: attention, dropout (on CPUs), norms, and
+frozen linear layers whose 16-bit type the processor can't multiply.
 
 Nothing is replaced on faith. Every norm is compared with the model's own before it is used; what is not known stays.
 Dropout drops the same share, but other entries than torch's would for the same seed.
@@ -19,10 +20,12 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.pytorch_utils import Conv1D
 
 from trivet.kernels.attention import attention
 from trivet.kernels.dropout import dropout as drop
 from trivet.kernels.norm import rms_norm
+from trivet.kernels.product import linear, widens
 
 #: What the attention is called in transformers' table.
 ATTENTION = "trivet"
@@ -35,6 +38,8 @@ def speed_up(model: Any) -> None:
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and _eps(module) is not None and _is_rms_norm(module):
             module.forward = types.MethodType(fused_norm, module)
+        elif type(module) in (nn.Linear, Conv1D) and widens(module.weight) and _frozen(module):
+            module.forward = types.MethodType(widened_linear, module)
         elif type(module) is nn.Dropout:
             module.forward = types.MethodType(_dropout_layer, module)  # type: ignore[method-assign]
         elif _calls_dropout(module):
@@ -52,11 +57,12 @@ def _attend(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' signature. On GPUs, without gradient, and where an argument is unknown, its own SDPA."""
+    """transformers' signature. On GPUs, where an argument is unknown, and mostly without gradient, its own SDPA."""
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     causal = causal and attention_mask is None and query.shape[2] > 1
     learned = attention_mask is not None and attention_mask.requires_grad
-    ours = query.device.type == "cpu" and torch.is_grad_enabled() and not learned
+    wanted = torch.is_grad_enabled() or (widens(query) and query.shape[2] > 1)
+    ours = query.device.type == "cpu" and wanted and not learned
     if not ours or kwargs.get("position_bias") is not None or (causal and query.shape[2] != key.shape[2]):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
@@ -86,6 +92,17 @@ def fused_norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     if not learns or self.weight.requires_grad:
         return type(self).forward(self, hidden_states)
     return rms_norm(hidden_states, self.weight, _eps(self))
+
+
+def _frozen(module: nn.Module) -> bool:
+    return not any(p.requires_grad for p in module.parameters(recurse=False))
+
+
+def widened_linear(self: Any, input: torch.Tensor) -> torch.Tensor:
+    """The forward pass of a linear layer that was replaced. A copy of it that learns has its own back."""
+    if input.dtype != self.weight.dtype or not _frozen(self):
+        return type(self).forward(self, input)
+    return linear(input, self.weight.T if isinstance(self, Conv1D) else self.weight, self.bias)
 
 
 def _eps(norm: Any) -> Any:

@@ -14,6 +14,7 @@ import torch
 
 from trivet.demo import DEMO_MODELS, demo_path
 from trivet.errors import ConfigError, ModelError, TrivetError
+from trivet.kernels.product import multiplies
 
 log = logging.getLogger("trivet")
 
@@ -60,8 +61,7 @@ def pick_dtype(choice: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
-        able = torch.cpu.get_capabilities()
-        native = bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+        native = multiplies(torch.bfloat16)
     else:
         native = False
     return torch.bfloat16 if native else torch.float32

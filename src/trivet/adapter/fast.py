@@ -14,7 +14,9 @@ from peft.tuners import lora
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from trivet.fast import widened_linear
 from trivet.kernels.dropout import keep, zero
+from trivet.kernels.product import addmm_, mm
 
 
 class FastLinear(lora.Linear):  # type: ignore[misc]
@@ -42,11 +44,16 @@ class FastLinear(lora.Linear):  # type: ignore[misc]
             return None
         frozen = not base.weight.requires_grad and (base.bias is None or not base.bias.requires_grad)
         biased = getattr(self.lora_B[on[0]], "bias", None) is not None
-        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in vars(base)
+        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or _replaced(base)
         device = x.device.type
         able = torch.amp.is_autocast_available(device)  # not on the meta device
         cast = able and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != x.dtype
         return None if not frozen or biased or hooked or cast or x.dtype != base.weight.dtype else on[0]
+
+
+def _replaced(base: nn.Module) -> bool:
+    """Whether somebody else has given the layer a forward pass of its own."""
+    return getattr(vars(base).get("forward"), "__func__", widened_linear) is not widened_linear
 
 
 def make_fast(model: nn.Module) -> None:
@@ -67,10 +74,10 @@ class _AdaptedLinear(torch.autograd.Function):
         w = weight if transposed else weight.T
         y = x.new_empty(*x.shape[:-1], w.shape[1])  # no view of another tensor, so that it may be changed in place
         flat = y.view(-1, w.shape[1])
-        torch.mm(rows, w, out=flat) if bias is None else torch.addmm(bias, rows, w, out=flat)
+        mm(rows, w, bias, out=flat)
         small_a, small_b = a.to(x.dtype), (b * (scale / (1 - p))).to(x.dtype)
-        inner = _dropped(rows, p, seed) @ small_a.T
-        flat.addmm_(inner, small_b.T)
+        inner = mm(_dropped(rows, p, seed), small_a.T)
+        addmm_(flat, inner, small_b.T)
         a_learns, b_learns = ctx.needs_input_grad[1:3]
         ctx.save_for_backward(rows if a_learns else None, inner if b_learns else None, small_a, small_b, weight)
         ctx.settings = scale / (1 - p), transposed, p, seed, x.shape, a.dtype, b.dtype
@@ -81,19 +88,19 @@ class _AdaptedLinear(torch.autograd.Function):
         rows, inner, a, b, weight = ctx.saved_tensors
         scale, transposed, p, seed, shape, a_type, b_type = ctx.settings
         g = grad.reshape(-1, grad.shape[-1])
-        low = g @ b
+        low = mm(g, b)
         dx = da = db = None
         if ctx.needs_input_grad[0]:
-            dx = g @ (weight.T if transposed else weight)
+            dx = mm(g, weight.T if transposed else weight)
             if p:
-                dx += _dropped(low @ a, p, seed)
+                dx += _dropped(mm(low, a), p, seed)
             else:
-                dx.addmm_(low, a)
+                addmm_(dx, low, a)
             dx = dx.view(shape)
         if rows is not None:
-            da = (low.T @ _dropped(rows, p, seed)).to(a_type)
+            da = mm(low.T, _dropped(rows, p, seed)).to(a_type)
         if inner is not None:
-            db = (g.T @ inner).to(b_type).mul_(scale)
+            db = mm(g.T, inner).to(b_type).mul_(scale)
         return dx, da, db, None, None, None, None, None, None
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from trivet.kernels.product import mm
+
 #: Logits that are held at a time. Large enough for good matrix products, small enough for a last-level cache.
 CHUNK = 3 * 2**22
 
@@ -36,10 +38,10 @@ class Head:
             into: where to put the products h Wᵀ, in hidden's type, and the logits; new tensors where it is None.
         """
         if into is None:
-            out = (hidden @ self.weight.T).float()
+            out = mm(hidden, self.weight.T).float()
         else:
             products, out = into
-            out.copy_(torch.mm(hidden, self.weight.T, out=products))
+            out.copy_(mm(hidden, self.weight.T, out=products))
         if self.bias is not None:
             out += self.bias
         if self.scale != 1.0:
@@ -100,7 +102,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             p.scatter_add_(1, target, torch.full_like(chosen, -head.scale))
             if head.cap is not None:
                 p.mul_(slope)
-            torch.mm(products.copy_(p), head.weight, out=grad[rows])
+            mm(products.copy_(p), head.weight, out=grad[rows])
         ctx.mark_non_differentiable(right)
         if grad is not None:
             ctx.save_for_backward(grad)

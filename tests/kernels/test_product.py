@@ -1,0 +1,168 @@
+"""Products of 16-bit tensors in float32: float64's result, rounded to the type once."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
+
+from test_fast_model import base, data, gradients, task
+from trivet import attach
+from trivet.adapter.fast import FastLinear
+from trivet.adapter.layers import adapted_layers
+from trivet.fast import speed_up
+from trivet.kernels import product
+from trivet.kernels.product import addmm_, linear, mm, multiplies, widens
+from trivet.loss import training_loss
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def unable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that multiplies no 16-bit type, whichever this one is."""
+    monkeypatch.setattr(product, "multiplies", lambda dtype: dtype not in HALVES)
+
+
+def draw(*shape: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def check(found: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> None:
+    """As near as the type allows: half of its last digit, and float32's rounding of the sum."""
+    assert found.dtype == dtype and found.shape == exact.shape
+    torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps / 2 * 1.001, atol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("part", [7, 50, 2**20])
+@given(n=st.integers(0, 20), k=st.integers(1, 20), m=st.integers(1, 20), by_column=st.booleans(), biased=st.booleans())
+def test_mm(part: int, dtype: torch.dtype, n: int, k: int, m: int, by_column: bool, biased: bool) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(product, "multiplies", lambda dtype: dtype not in HALVES)
+        patch.setattr(product, "_PART", part)
+        a, bias = draw(n, k, seed=1, dtype=dtype), draw(m, seed=3, dtype=dtype) if biased else None
+        b = draw(m, k, seed=2, dtype=dtype).T if by_column else draw(k, m, seed=2, dtype=dtype)
+        exact = a.double() @ b.double()
+        rounded = exact.to(dtype).double() if biased else exact  # the bias is added to what is rounded
+        found = mm(a, b, bias)
+        if bias is None:
+            check(found, exact, dtype)
+        else:
+            torch.testing.assert_close(
+                found.double(), rounded + bias.double(), rtol=2 * torch.finfo(dtype).eps, atol=2e-2
+            )
+        place = torch.full((n, m), 9.0, dtype=dtype)
+        assert mm(a, b, bias, out=place) is place and torch.equal(place, found)
+        y = draw(n, m, seed=4, dtype=dtype)
+        check(addmm_(y.clone(), a, b), y.double() + exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_other_types_are_torchs_own(unable: None, dtype: torch.dtype) -> None:
+    a, b, bias = draw(9, 4, seed=1, dtype=dtype), draw(5, 4, seed=2, dtype=dtype), draw(5, seed=3, dtype=dtype)
+    assert not widens(a) and torch.equal(mm(a, b.T, bias), torch.addmm(bias, a, b.T))
+    assert torch.equal(mm(a, b.T), a @ b.T)
+
+
+def test_what_the_processor_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    for able, expected in (
+        ({"amx_bf16": True}, [True, False]),
+        ({"avx512_fp16": True}, [False, True]),
+        ({}, [False] * 2),
+    ):
+        multiplies.cache_clear()
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
+        assert [multiplies(dtype) for dtype in HALVES] == expected and multiplies(torch.float32)
+    multiplies.cache_clear()
+
+
+@pytest.mark.parametrize("shape", [(5, 12), (2, 3, 12), (12,), (0, 12)])
+def test_a_frozen_layer_and_its_gradient(unable: None, shape: tuple[int, ...]) -> None:
+    weight, bias = draw(10, 12, seed=1), draw(10, seed=2)
+    x = draw(*shape, seed=3).requires_grad_()
+    y = linear(x, weight, bias)
+    exact = x.detach().double() @ weight.double().T + bias.double()
+    torch.testing.assert_close(y.detach().double(), exact, rtol=2**-7, atol=2e-2)
+    g = draw(*y.shape, seed=4)
+    check(torch.autograd.grad(y, x, g)[0], g.double() @ weight.double(), torch.bfloat16)
+
+
+# -- whole models ------------------------------------------------------------------------------------------
+
+
+class Products(TorchDispatchMode):
+    """The number of 16-bit matrix products of more than a few rows that torch is asked for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = func.overloadpacket.__name__
+        if named in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"):
+            tensors = [a for a in args if isinstance(a, torch.Tensor)]
+            self.count += tensors[-1].dtype in HALVES and tensors[-2].shape[-2] >= product._FEW
+        return func(*args, **(kwargs or {}))
+
+
+def step(kind: str, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], int]:
+    """(gradients, 16-bit products) of a step."""
+    model = attach(base(kind).to(dtype), lora_rank=4).train()
+    for index, layer in enumerate(adapted_layers(model)):
+        layer.B.data.normal_(std=0.2, generator=torch.Generator().manual_seed(index))
+    with Products() as products:
+        found = gradients(model, training_loss(model, *data(model), task=task(kind)))
+    return found, products.count
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2", "bart", "bert"])
+def test_no_16_bit_product_is_left_in_a_step(unable: None, kind: str) -> None:
+    found, count = step(kind, torch.bfloat16)
+    assert count == 0
+    exact, _ = step(kind, torch.float32)
+    assert found.keys() == exact.keys()
+    error = sum(float((found[n].float() - exact[n]).square().sum()) for n in exact)
+    assert error <= 0.03**2 * sum(float(g.square().sum()) for g in exact.values())
+
+
+def test_products_are_counted() -> None:
+    """Without the widening there are many, else the test above could not fail."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(product, "multiplies", lambda dtype: True)
+        assert step("llama", torch.bfloat16)[1] > 50
+
+
+@pytest.mark.parametrize("conv", [False, True], ids=["Linear", "Conv1D"])
+def test_layers_of_a_model(unable: None, conv: bool) -> None:
+    """Frozen 16-bit ones are replaced, a copy that learns has torch's own pass, and adapters keep theirs."""
+    layer = (Conv1D(10, 12) if conv else nn.Linear(12, 10)).bfloat16().requires_grad_(False)
+    nn.init.normal_(layer.bias)
+    model = nn.Sequential(layer, nn.Linear(10, 4).bfloat16())
+    model.config = type("Config", (), {"_attn_implementation": "eager"})()
+    speed_up(model)
+    assert "forward" in vars(layer) and "forward" not in vars(model[1])
+    x = draw(9, 12, seed=1).requires_grad_()
+    y = layer(x)
+    assert y.grad_fn.name() == "_LinearBackward"
+    exact = x.double() @ (layer.weight.double() if conv else layer.weight.double().T) + layer.bias.double()
+    torch.testing.assert_close(y.double(), exact, rtol=2**-7, atol=2e-2)
+    twin = copy.deepcopy(layer).requires_grad_(True)
+    twin(x).sum().backward()
+    assert twin.weight.grad is not None and layer.weight.grad is None
+    assert layer(x.float().bfloat16().detach()).dtype == torch.bfloat16
+
+
+def test_an_adapter_over_a_replaced_layer_stays_fused(unable: None) -> None:
+    model = attach(base("llama").bfloat16(), lora_rank=4).train()
+    layers = [module for module in model.modules() if isinstance(module, FastLinear)]
+    x = draw(9, 32, seed=1).requires_grad_()
+    assert layers and "forward" in vars(layers[0].get_base_layer())
+    assert layers[0](x).grad_fn.name() == "_AdaptedLinearBackward"
+    with model.disable_adapter():
+        assert layers[0](x).grad_fn.name() == "_LinearBackward"
