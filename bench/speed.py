@@ -7,10 +7,10 @@ times, rates, memory and start; how many times as fast the workload's first side
 versions and command. A side that can't run here says why, and the others go on.
 
 Without --data the workloads that need no file run: `dense` (SmolLM2-135M, 4 rows of 256 random tokens, all of them
-labels), `lengths` (trivet alone, one row of 512, 1024 and 2048) and `seq2seq` (BART base's size, random weights). With
-it also `e2e`, `snips`, `gsm8k` (prompt and completion; TRL with its defaults and with its two best settings) and
-`trec` (a classifier; each side in its own default type, `trec-fp32` in float32). --device cuda runs `dense` with a
-Llama of --size and reports model FLOPs utilisation.
+labels), `types` (the same, trivet alone in float32 and in bfloat16), `lengths` (trivet alone, one row of 512, 1024 and
+2048) and `seq2seq` (BART base's size, random weights). With it also `e2e`, `snips`, `gsm8k` (prompt and completion; TRL
+with its defaults and with its two best settings) and `trec` (a classifier; each side in its own default type,
+`trec-fp32` in float32). --device cuda runs `dense` with a Llama of --size and reports model FLOPs utilisation.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Workload:
 
 WORKLOADS = {
     "dense": Workload("dense", ("trivet", "peft-bf16", "peft-fp32", "peft-best", "floor"), 4, 256),
+    "types": Workload("dense", ("trivet-fp32", "trivet-bf16"), 4, 256),
     "lengths": Workload("dense", ("trivet-512", "trivet-1024", "trivet-2048"), 1),
     "seq2seq": Workload("seq2seq", ("trivet", "peft-bf16", "peft-fp32"), 8, 128),
     "e2e": Workload("rows", TRL, 16, file="d2t_e2e_train.jsonl.gz", pack_length=1024),
@@ -133,7 +134,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     spec |= {"warmup": min(WARMUP, arguments.rounds - 1), "size": arguments.size}
     if work.kind == "labels" and spec["base"] == "demo":
         spec["base"] = "demo-encoder"
-    if name == "dense":
+    if name in ("dense", "types"):
         spec |= {"rows": arguments.batch or work.rows, "length": arguments.length or work.length}
     if arguments.tiny:
         spec |= {"size": "tiny", "rows": min(2, spec["rows"]), "length": min(32, spec["length"])}
@@ -182,16 +183,21 @@ def first_rows(source: Path, target: Path, count: int) -> Path:
 
 
 def machine_name(device: str) -> str:
-    """What the processor that computes is called."""
-    if device == "cuda":
-        import torch
+    """What the processor that computes is called, and what it computes with."""
+    import torch
 
+    if device == "cuda":
         return torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    from trivet.kernels.product import multiplies
+
+    halves = "bfloat16 instructions" if multiplies(torch.bfloat16) else "no bfloat16 instructions"
+    name = next(named, platform.processor() or platform.machine())
+    return f"{name} with {torch.backends.cpu.get_cpu_capability()} and {halves}"
 
 
 def command(words: list[str]) -> str:

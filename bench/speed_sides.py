@@ -29,8 +29,12 @@ SIZES = {
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
            "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False},
 }  # fmt: skip
-#: The sides' types; trivet and the floor have trivet's own choice, bfloat16 where the processor computes in it.
-DTYPES = {"peft-bf16": "bfloat16", "peft-best": "bfloat16", "peft-fp32": "float32"}
+#: The sides' types; the others have trivet's own choice, bfloat16 where the processor computes in it.
+DTYPES = {
+    f"{side}-{short}": long
+    for side in ("peft", "trivet")
+    for short, long in (("bf16", "bfloat16"), ("fp32", "float32"))
+}
 RATE = 1e-4
 
 

@@ -89,8 +89,8 @@ def peak_flops(device: str) -> float | None:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """The newest line of each workload (and model) as Markdown."""
-    newest = {(line["workload"], line["model"]): line for line in lines}
+    """The newest line of each workload, model and shape as Markdown."""
+    newest = {(line["workload"], line["model"], line["shape"]): line for line in lines}
     used = any("utilisation" in side for line in newest.values() for side in line["sides"].values())
     heads = [
         "workload",
@@ -106,7 +106,7 @@ def table(lines: list[dict[str, Any]]) -> str:
     heads += ["utilisation"] if used else []
     out = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
     failures = []
-    for (workload, _), line in newest.items():
+    for (workload, *_), line in newest.items():
         title, first = f"{workload} ({line['shape']})", next(iter(line["sides"]))
         for name, side in line["sides"].items():
             if "failed" in side:

@@ -148,7 +148,8 @@ def trivet_trainer(turns: Turns, spec: dict[str, Any], folder: Path) -> Any:
 
 
 def trl_trainer(turns: Turns, spec: dict[str, Any], folder: str) -> Any:
-    """SFTTrainer with its defaults; or with what makes it fastest here: no checkpointing, 16-bit adapters, no autocast.
+    """SFTTrainer with its defaults; or with what makes it fastest: no checkpointing, no autocast, and the model and its
+    adapter in bfloat16 where the processor computes in it, else in float32.
 
     TRL's default recomputes activations in the backward pass and keeps the adapter in float32 under autocast.
     """
@@ -157,7 +158,8 @@ def trl_trainer(turns: Turns, spec: dict[str, Any], folder: str) -> Any:
 
     from trivet.model import load_base
 
-    base = load_base(spec["base"], task="causal-lm", dtype="bfloat16", device=spec["device"])
+    dtype = "bfloat16" if spec["side"] == "trl" else "auto"
+    base = load_base(spec["base"], task="causal-lm", dtype=dtype, device=spec["device"])
     turns.loaded(base.model)
     rows = [{key: row[key] for key in ("prompt", "completion")} for row in read(spec["rows_file"])]
     options = QUIET | {"output_dir": folder, "max_steps": spec["rounds"] + 1, "use_cpu": spec["device"] == "cpu"}

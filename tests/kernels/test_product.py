@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import platform
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ HALVES = [torch.bfloat16, torch.float16]
 def unable(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor that multiplies no 16-bit type, whichever this one is."""
     monkeypatch.setattr(product, "multiplies", lambda dtype: dtype not in HALVES)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
 
 
 def draw(*shape: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -46,7 +48,7 @@ def check(found: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> None:
 @given(n=st.integers(0, 20), k=st.integers(1, 20), m=st.integers(1, 20), by_column=st.booleans(), biased=st.booleans())
 def test_mm(part: int, dtype: torch.dtype, n: int, k: int, m: int, by_column: bool, biased: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(product, "multiplies", lambda dtype: dtype not in HALVES)
+        patch.setattr(product, "widens", lambda x: x.dtype in HALVES)
         patch.setattr(product, "_PART", part)
         a, bias = draw(n, k, seed=1, dtype=dtype), draw(m, seed=3, dtype=dtype) if biased else None
         b = draw(m, k, seed=2, dtype=dtype).T if by_column else draw(k, m, seed=2, dtype=dtype)
@@ -84,6 +86,13 @@ def test_what_the_processor_can(monkeypatch: pytest.MonkeyPatch) -> None:
     multiplies.cache_clear()
 
 
+def test_where_nothing_was_measured_nothing_is_widened(unable: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = draw(2, 2, seed=1)
+    assert widens(x) and not widens(x.float()) and not widens(x.to("meta"))
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    assert not widens(x)
+
+
 @pytest.mark.parametrize("shape", [(5, 12), (2, 3, 12), (12,), (0, 12)])
 def test_a_frozen_layer_and_its_gradient(unable: None, shape: tuple[int, ...]) -> None:
     weight, bias = draw(10, 12, seed=1), draw(10, seed=2)
@@ -111,20 +120,22 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def step(kind: str, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], int]:
-    """(gradients, 16-bit products) of a step."""
+def step(kind: str, dtype: torch.dtype, cast: bool = False) -> tuple[dict[str, torch.Tensor], int]:
+    """(gradients, 16-bit products) of a step, with its forward pass under an autocast or not."""
     model = attach(base(kind).to(dtype), lora_rank=4).train()
     for index, layer in enumerate(adapted_layers(model)):
         layer.B.data.normal_(std=0.2, generator=torch.Generator().manual_seed(index))
     with Products() as products:
-        found = gradients(model, training_loss(model, *data(model), task=task(kind)))
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            loss = training_loss(model, *data(model), task=task(kind))
+        found = gradients(model, loss)
     return found, products.count
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2", "bart", "bert"])
 def test_no_16_bit_product_is_left_in_a_step(unable: None, kind: str) -> None:
     found, count = step(kind, torch.bfloat16)
-    assert count == 0
+    assert count == 0 == step(kind, torch.bfloat16, cast=True)[1]
     exact, _ = step(kind, torch.float32)
     assert found.keys() == exact.keys()
     error = sum(float((found[n].float() - exact[n]).square().sum()) for n in exact)

@@ -53,7 +53,8 @@ class FastLinear(lora.Linear):  # type: ignore[misc]
 
 def _replaced(base: nn.Module) -> bool:
     """Whether somebody else has given the layer a forward pass of its own."""
-    return getattr(vars(base).get("forward"), "__func__", widened_linear) is not widened_linear
+    forward = vars(base).get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not widened_linear
 
 
 def make_fast(model: nn.Module) -> None:

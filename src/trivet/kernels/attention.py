@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from trivet.kernels.dropout import keep, zero
-from trivet.kernels.product import widens
+from trivet.kernels.product import unrounded, widens
 from trivet.kernels.softmax import softmax, softmax_backward
 
 #: Queries in a block: small blocks skip more above the diagonal and stay in cache, large ones are better products.
@@ -47,7 +47,8 @@ def attention(
     """
     if widens(query):
         q, k, v = (t.float() for t in (query, key, value))
-        return attention(q, k, v, mask, causal=causal, scale=scale, dropout=dropout).to(query.dtype)
+        with unrounded():
+            return attention(q, k, v, mask, causal=causal, scale=scale, dropout=dropout).to(query.dtype)
     if mask is not None and mask.dtype == torch.bool:
         lowest = torch.finfo(query.dtype).min  # not -inf: a row that sees nothing would be NaN
         mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(~mask, lowest)

@@ -1,13 +1,14 @@
-"""Matrix products of 16-bit tensors, on processors that have no instructions for them too.
+"""Matrix products of 16-bit tensors, on x86 processors that have no instructions for them too.
 
-There torch multiplies entry by entry, 4 to 100 times as slowly as in float32. Here both sides are widened to float32,
-a large one part by part so that no copy of a whole weight is held, and the result is rounded once: what a processor
-with such instructions computes, in float32's time and 16 bits' memory. Everywhere else these are torch's own products.
+There torch takes 4 to 100 times as long for them as in float32. Here both sides are widened to float32, a large one
+part by part so that no copy of a whole weight is held, and the result is rounded once: what a processor with such
+instructions computes, in float32's time and 16 bits' memory. Everywhere else these are torch's own products.
 """
 
 from __future__ import annotations
 
 import functools
+import platform
 from typing import Any
 
 import torch
@@ -20,15 +21,20 @@ _FEW = 8
 
 @functools.cache
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether this machine's processor multiplies matrices of `dtype` by instructions of its own."""
+    """Whether this machine's x86 processor multiplies matrices of `dtype` by instructions of its own."""
     parts = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
     able = torch.cpu.get_capabilities()
     return dtype not in parts or any(able.get(part) for part in parts[dtype])
 
 
 def widens(x: torch.Tensor) -> bool:
-    """Whether products of x are better computed in float32: on a CPU that can't multiply its type natively."""
-    return x.device.type == "cpu" and not multiplies(x.dtype)
+    """Whether products of x are better computed in float32. On other processors than x86 that was not measured."""
+    return x.device.type == "cpu" and not multiplies(x.dtype) and platform.machine() in ("x86_64", "AMD64")
+
+
+def unrounded() -> torch.autocast:
+    """No autocast, which would make 16-bit products of float32 ones again."""
+    return torch.autocast("cpu", enabled=False)
 
 
 def mm(
@@ -46,24 +52,32 @@ def mm(
     if not widens(a) or (by_column and len(a) < _FEW):
         return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
     out = a.new_empty(len(a), b.shape[1]) if out is None else out
-    wide = a.float()
+    with unrounded():
+        _widened(a.float(), b, by_column, out)
+    return out if bias is None else out.add_(bias)
+
+
+def _widened(a: torch.Tensor, b: torch.Tensor, by_column: bool, out: torch.Tensor) -> None:
+    """out = a b for a float32 a, with b's columns, or its rows, in parts: those that lie together in memory."""
     step = max(1, _PART // b.shape[0 if by_column else 1])
     if by_column:
         for start in range(0, b.shape[1], step):
             some = slice(start, start + step)
-            out[:, some] = wide @ b[:, some].float()
-    else:
-        total = wide[:, :step] @ b[:step].float()
-        for start in range(step, len(b), step):
-            some = slice(start, start + step)
-            total.addmm_(wide[:, some], b[some].float())
-        out.copy_(total)
-    return out if bias is None else out.add_(bias)
+            out[:, some] = a @ b[:, some].float()
+        return
+    total = a[:, :step] @ b[:step].float()
+    for start in range(step, len(b), step):
+        some = slice(start, start + step)
+        total.addmm_(a[:, some], b[some].float())
+    out.copy_(total)
 
 
 def addmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """y += a b in place, for an a of few columns."""
-    return y.add_(a.float() @ b.float()) if widens(y) else y.addmm_(a, b)
+    if not widens(y):
+        return y.addmm_(a, b)
+    with unrounded():
+        return y.add_(a.float() @ b.float())
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
