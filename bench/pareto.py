@@ -148,22 +148,28 @@ def against_sweep(rows: Rows) -> str:
         within = [shift <= spread for shift in shifts]
         hits, total = hits + sum(within), total + len(within)
         shares = [auto.runs[s]["adapter_parameters"] / best[s].parameters for s in seeds]
-        time = [_seconds(auto, s) / _seconds(wide, s) for s in seeds]
-        sweep = [sum(_seconds(g, s) for g in plain) / _seconds(wide, s) for s in seeds]
+        time, sweep = _times([auto], wide, seeds), _times(plain, wide, seeds)
         ranks = sorted(g.candidate.rank for g in plain)
         lines.append(
             f"| {task.title} | {', '.join(map(str, ranks))} | {len(seeds)} | "
             f"{', '.join(f'r = {best[s].candidate.rank}' for s in seeds)} | {statistics.mean(shares):.0%} | "
-            f"{sum(within)} of {len(within)} | {statistics.mean(shifts):+.3f} | {statistics.median(time):.2f} | "
-            f"{statistics.median(sweep):.1f} |"
+            f"{sum(within)} of {len(within)} | {statistics.mean(shifts):+.3f} | {time} | {sweep} |"
         )
     share = f"{hits / total:.0%}" if total else "none"
     return "\n".join([*lines, "", f"Within one standard deviation on {hits} of {total} task-seeds ({share})."])
 
 
-def _seconds(group: Group, seed: int) -> float:
-    """Processor seconds of training, which other work on the machine changes least."""
-    return float(group.runs[seed]["train_cpu_seconds"])
+def _times(groups: list[Group], one: Group, seeds: list[int]) -> str:
+    """The time of `groups` together in runs of `one`, the median over the seeds that one kind of processor ran.
+
+    Processor seconds of training, which other work on the machine changes least.
+    """
+    found = []
+    for seed in seeds:
+        runs, base = [g.runs[seed] for g in groups], one.runs[seed]
+        if all(run.get("processor") == base.get("processor") for run in runs):
+            found.append(sum(run["train_cpu_seconds"] for run in runs) / base["train_cpu_seconds"])
+    return f"{statistics.median(found):.2f}" if found else "not comparable"
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from quality_tasks import (
     load_task,
     targets,
 )
-from versions import versions
+from versions import processor, versions
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quality.jsonl"
 #: Metrics that are kept of each split.
@@ -151,7 +151,8 @@ def run(loaded: Loaded, candidate: Candidate, seed: int, rate: float, scale: flo
         "ranks": summary(ranks) if candidate.varying else None,
         "validation": validation, "test": test, "failed": failed,
         "wall_seconds": round(time.perf_counter() - began, 2), **took,
-        "dtype": loaded.task.dtype, "device": str(loaded.base.device), "machine": platform.machine(),
+        "dtype": loaded.task.dtype, "device": str(loaded.base.device),
+        "machine": platform.machine(), "processor": processor(),
         "threads": int(os.environ.get("OMP_NUM_THREADS", "0")), "versions": versions(),
     }  # fmt: skip
 

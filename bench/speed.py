@@ -30,7 +30,7 @@ from typing import Any
 
 from speed_table import peak_flops, ratios, table, utilisation
 from speed_turns import Child, take_turns
-from versions import versions
+from versions import processor, versions
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "speed.jsonl"
@@ -183,21 +183,12 @@ def first_rows(source: Path, target: Path, count: int) -> Path:
 
 
 def machine_name(device: str) -> str:
-    """What the processor that computes is called, and what it computes with."""
+    """What the processor that computes is called."""
+    if device == "cpu":
+        return processor()
     import torch
 
-    if device == "cuda":
-        return torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    from trivet.kernels.product import multiplies
-
-    halves = "bfloat16 instructions" if multiplies(torch.bfloat16) else "no bfloat16 instructions"
-    name = next(named, platform.processor() or platform.machine())
-    return f"{name} with {torch.backends.cpu.get_cpu_capability()} and {halves}"
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
 
 
 def command(words: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Of what a benchmark was run with."""
+"""What a benchmark was run with, and on."""
 
 from __future__ import annotations
 
@@ -20,3 +20,19 @@ def versions(*optional: str) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return out
+
+
+def processor() -> str:
+    """What the CPU is called, and what it computes with."""
+    import torch
+
+    from trivet.kernels.product import multiplies
+
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    name = next(named, platform.processor() or platform.machine())
+    halves = "bfloat16 instructions" if multiplies(torch.bfloat16) else "no bfloat16 instructions"
+    return f"{name} with {torch.backends.cpu.get_cpu_capability()} and {halves}"
