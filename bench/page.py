@@ -68,12 +68,18 @@ def speed_lines() -> list[dict]:
     return lines(HERE / "results" / "speed.jsonl")
 
 
+def speeds() -> str:
+    """The tables of both kinds of processor."""
+    others = speed_table(lines(HERE / "results" / "speed_avx2.jsonl"))
+    return f"\n{speed_table(speed_lines())}\n\n### Without bfloat16 instructions\n\n{others}\n"
+
+
 def renewed() -> dict[Path, str]:
     """The pages with their figures as they should be."""
     return {
         PAGE: _before(PAGE) + figures(),
         SCALE: _before(SCALE) + f"\n{plan_table.figures()}",
-        SPEED: _before(SPEED) + f"\n{speed_table(speed_lines())}\n",
+        SPEED: _before(SPEED) + speeds(),
         **{page: _between(page, f"\n{brief(speed_lines(), words)}\n\n") for page, words in READMES.items()},
     }
 
