@@ -53,23 +53,24 @@ def mm(
         return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
     out = a.new_empty(len(a), b.shape[1]) if out is None else out
     with unrounded():
-        _widened(a.float(), b, by_column, out)
-    return out if bias is None else out.add_(bias)
+        _widened(a.float(), b, bias, by_column, out)
+    return out
 
 
-def _widened(a: torch.Tensor, b: torch.Tensor, by_column: bool, out: torch.Tensor) -> None:
-    """out = a b for a float32 a, with b's columns, or its rows, in parts: those that lie together in memory."""
+def _widened(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, by_column: bool, out: torch.Tensor) -> None:
+    """out = a b + bias for a float32 a, with b's columns, or its rows, in parts: those that lie together in memory."""
     step = max(1, _PART // b.shape[0 if by_column else 1])
     if by_column:
         for start in range(0, b.shape[1], step):
             some = slice(start, start + step)
-            out[:, some] = a @ b[:, some].float()
+            total = a @ b[:, some].float()
+            out[:, some] = total if bias is None else total.add_(bias[some])
         return
     total = a[:, :step] @ b[:step].float()
     for start in range(step, len(b), step):
         some = slice(start, start + step)
         total.addmm_(a[:, some], b[some].float())
-    out.copy_(total)
+    out.copy_(total if bias is None else total.add_(bias))
 
 
 def addmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
