@@ -14,6 +14,7 @@ import plan_table
 import quality
 from quality_table import read, table
 from quality_tasks import CANDIDATES, SEEDS, TASKS
+from rate_table import across_ranks
 from speed_table import CHINESE, brief
 from speed_table import table as speed_table
 
@@ -35,6 +36,7 @@ def figures() -> str:
     parts[1] = "### Methods, task by task\n\n#" + parts[1] if parts[1].startswith("### ") else parts[1]
     parts += ["", "### A quarter of the parameters against r = 16", "", pareto.against_r16(rows)]
     parts += ["", "### `auto` against a sweep of plain ranks", "", pareto.against_sweep(rows)]
+    parts += ["", "### A learning rate at other ranks", "", across_ranks(rows)]
     if auto.RESULTS.exists():
         parts += ["", "### What `auto` keeps (TREC, MiniLM-L6, seeds 0, 1, 2)", "", auto.table(lines(auto.RESULTS))]
     shrink = HERE / "results" / "shrink.jsonl"

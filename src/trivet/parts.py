@@ -25,6 +25,9 @@ _SCHEDULE = (
     Option("end", 0.6, "share of the steps after which the ranks are settled", "share"),
     Option("rank_aware_step", True, "each layer's step is scaled by √(8 / r)", "switch"),
 )
+_STEP = Option(
+    "rank_aware_step", False, "each layer's step is scaled by √(8 / r): one learning rate for all ranks", "switch"
+)
 _METRIC = Option(
     "metric", "whitened", "what a direction is worth: loss (whitened) or plain singular values", "whitened|plain"
 )
@@ -108,13 +111,14 @@ PARTS: dict[str, dict[str, Part]] = {
             "Hu et al. 2021, arXiv 2106.09685",
             "nothing",
             "trivet.rank.fixed:Fixed",
+            options=(_STEP,),
         ),
         "pattern": Part(
             "ranks given by the user, by patterns of layer names; lora_rank elsewhere",
             "PEFT's rank_pattern",
             "nothing",
             "trivet.rank.pattern:Pattern",
-            options=(Option("ranks", None, "layer-name pattern -> rank, e.g. {q_proj: 4, mlp: 0}", "ranks"),),
+            options=(Option("ranks", None, "layer-name pattern -> rank, e.g. {q_proj: 4, mlp: 0}", "ranks"), _STEP),
             refuses={"coupled": _NO_MAGNITUDE["coupled"]},
         ),
         "planned": Part(

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from safetensors.torch import load_file
 
 from conftest import colour_rows, save_tiny, tiny_model, write_jsonl
 from trivet.adapter.attach import attach
@@ -166,6 +167,9 @@ def test_auto_needs_validation_rows(place: Path) -> None:
 def test_rank_aware_steps_are_on_with_varying_ranks_and_can_be_switched_off() -> None:
     for rank, on in (
         ("fixed", False),
+        ({"name": "fixed", "rank_aware_step": True}, True),
+        ({"name": "pattern", "ranks": {"q_proj": 3}}, False),
+        ({"name": "pattern", "ranks": {"q_proj": 3}, "rank_aware_step": True}, True),
         ("squeeze", True),
         ("planned", True),
         ({"name": "squeeze", "rank_aware_step": False}, False),
@@ -173,6 +177,18 @@ def test_rank_aware_steps_are_on_with_varying_ranks_and_can_be_switched_off() ->
         batch = {"input_ids": torch.arange(2, 14).reshape(1, 12), "labels": torch.arange(2, 14).reshape(1, 12)}
         model = attach(tiny_model("llama", 64), method={"rank": rank}, batches=[batch])
         assert plan_of(model).policy.rank_aware_step is on
+
+
+@pytest.mark.parametrize("rank", [2, 8])
+def test_a_rank_aware_step_is_plain_loras_at_another_rate(place: Path, rank: int) -> None:
+    """Twice the rate at r = 2, where √(8 / r) is 2; the same at r = 8."""
+    common = {"model.lora_rank": rank, "training.max_steps": 10}
+    aware = run(place, {"name": "fixed", "rank_aware_step": True}, **common)
+    weights = load_file(place / "run" / "adapter" / "adapter_model.safetensors")
+    plain = run(place, "fixed", **common, **{"training.learning_rate": 1e-2 * (8 / rank) ** 0.5})
+    for name, tensor in load_file(place / "run" / "adapter" / "adapter_model.safetensors").items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-6)
+    assert aware.result["metrics"]["tuned"]["loss"] == pytest.approx(plain.result["metrics"]["tuned"]["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize(
