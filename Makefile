@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 .PHONY: help quickstart test test-slow bench lint audit clean
 
 help:
-	@echo "make quickstart  fine-tune a real model on real data and show what it learned (5 to 15 minutes on 2 cores)"
+	@echo "make quickstart  fine-tune a real model on real data and show what it learned (5 minutes on 2 cores, 20 without bfloat16 instructions)"
 	@echo "make test        lint, types, import rules and tests (at most 15 minutes on 2 cores)"
 	@echo "make test-slow   the tests that take minutes each"
 	@echo "make audit       look the pinned requirements up in a database of known vulnerabilities (needs one in reach)"
