@@ -148,7 +148,7 @@ def against_sweep(rows: Rows) -> str:
         within = [shift <= spread for shift in shifts]
         hits, total = hits + sum(within), total + len(within)
         shares = [auto.runs[s]["adapter_parameters"] / best[s].parameters for s in seeds]
-        time, sweep = _times([auto], wide, seeds), _times(plain, wide, seeds)
+        time, sweep = _times([auto], wide, seeds, ".2f"), _times(plain, wide, seeds, ".1f")
         ranks = sorted(g.candidate.rank for g in plain)
         lines.append(
             f"| {task.title} | {', '.join(map(str, ranks))} | {len(seeds)} | "
@@ -159,7 +159,7 @@ def against_sweep(rows: Rows) -> str:
     return "\n".join([*lines, "", f"Within one standard deviation on {hits} of {total} task-seeds ({share})."])
 
 
-def _times(groups: list[Group], one: Group, seeds: list[int]) -> str:
+def _times(groups: list[Group], one: Group, seeds: list[int], form: str) -> str:
     """The time of `groups` together in runs of `one`, the median over the seeds that one kind of processor ran.
 
     Processor seconds of training, which other work on the machine changes least.
@@ -169,7 +169,7 @@ def _times(groups: list[Group], one: Group, seeds: list[int]) -> str:
         runs, base = [g.runs[seed] for g in groups], one.runs[seed]
         if all(run.get("processor") == base.get("processor") for run in runs):
             found.append(sum(run["train_cpu_seconds"] for run in runs) / base["train_cpu_seconds"])
-    return f"{statistics.median(found):.2f}" if found else "not comparable"
+    return format(statistics.median(found), form) if found else "not comparable"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quality_table import TUNING_SEED, Rows, chosen
+from quality_table import TUNING_SEED, Rows, chosen, key
 from quality_tasks import CANDIDATES, TASKS, Task
 
 #: The rank whose chosen rate is carried over, and those it is carried to.
@@ -29,9 +29,12 @@ def across_ranks(rows: Rows) -> str:
         for rank in TO:
             cells += [_loss(rows, task, rank, rate), _loss(rows, task, rank, rate * (FROM / rank) ** 0.5)]
         lines.append(f"| {task.title} | {rate:g} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join(
+        [*lines, "", "Validation loss in nats; L is the rate that suits r = 4, and empty is what was not tried."]
+    )
 
 
 def _loss(rows: Rows, task: Task, rank: int, rate: float) -> str:
-    row = rows.get((task.name, f"lora-r{rank}", TUNING_SEED, float(f"{rate:.3g}"), 2.0, task.steps))
+    candidate = CANDIDATES[f"lora-r{rank}"]
+    row = rows.get(key(task, candidate, TUNING_SEED, float(f"{rate:.3g}"), candidate.scales[0]))
     return "" if row is None else "diverged" if row["failed"] else f"{row['validation']['loss']:.3f}"
