@@ -79,3 +79,22 @@ def test_errors_say_what_they_were_told_and_no_more(kind: type[errors.TrivetErro
     assert str(kind("runs/a: 'no'")) == "runs/a: 'no'"
     assert str(kind()) == ""
     assert issubclass(kind, errors.TrivetError)
+
+
+def test_what_the_libraries_below_say_is_said_once() -> None:
+    """huggingface_hub and datasets print their own notes; the root logger, which prints trivet's, must not as well."""
+    code = """
+import logging, sys
+from trivet.cli import main
+sys.argv = ["trivet", "--version"]
+try:
+    main()
+except SystemExit:
+    pass
+import datasets, huggingface_hub
+for name in ("huggingface_hub.utils._http", "datasets.load", "trivet", "another"):
+    logging.getLogger(name).warning("from " + name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    said = [line for line in done.stderr.splitlines() if line.startswith("from ")]
+    assert said == [f"from {name}" for name in ("huggingface_hub.utils._http", "datasets.load", "trivet", "another")]

@@ -101,7 +101,7 @@ CASES = [
     Case("missing test data", f"{TRAIN} test=test.csv", 2, ("data file test.csv: no such file",)),
     Case("data is a folder", f"{TRAIN} train=.", 2, ("is a folder; name its files",)),
     Case("unknown kind of file", f"{TRAIN} train=config.yaml", 2, ("config.yaml: unknown kind of file", ".jsonl")),
-    Case("data hub id", f"{TRAIN} train=owner/rows", 2, ("data owner/rows", "hub")),
+    Case("data hub id", f"{TRAIN} train=owner/rows", 2, ("data owner/rows", "`docstrings` needs no hub")),
     Case("empty data", TRAIN, 1, ("train.jsonl: no rows; the file is empty",), rows()),
     Case("bad JSON", TRAIN, 1, ("train.jsonl:2: not valid JSON", "on_bad_row: skip"),
          rows('{"prompt": "a", "completion": "b"}', '{"prompt": "a",'), process=True),

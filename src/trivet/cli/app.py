@@ -104,4 +104,6 @@ def main() -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("trivet").setLevel(logging.INFO)
+    for name in ("huggingface_hub", "datasets"):  # they have handlers of their own, and would say everything twice
+        logging.getLogger(name).propagate = False
     build()()

@@ -285,7 +285,8 @@ def _hub(name: str, split: str) -> Iterator[Row | BadRow]:
     ) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"data {name}: no local file of that name, and the hub data set (split {split}) cannot be loaded: {reason}"
+            f"data {name}: no local file of that name, and the hub data set (split {split}) cannot be loaded: "
+            f"{reason}; `docstrings` needs no hub"
         ) from error
     for index, values in enumerate(table):
         yield Row({k: v for k, v in values.items() if v is not None}, f"{name}[{split}]:row {index + 1}")
