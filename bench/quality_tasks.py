@@ -182,8 +182,6 @@ CANDIDATES: dict[str, Candidate] = {
         _budgeted("squeeze", 4, "squeeze_late", begin=0.5, end=0.9),
         _budgeted("squeeze", 4, "squeeze_plainstep", rank_aware_step=False),
         Candidate("auto", "auto", 8, wide=True),
-        Candidate("auto_once", {"rank": {"name": "auto", "begin": 0.75, "end": 0.75}}, 8, wide=True),
-        Candidate("auto_late", {"rank": {"name": "auto", "begin": 0.6, "end": 0.9}}, 8),
         *(_budgeted("adalora", rank) for rank in (4, 2)),
         *(Candidate(f"peft_adalora-r{rank}", None, rank, 3.0, (2.0, 8.0)) for rank in (4, 2)),
         *(Candidate(f"decompose-{name}", {"decompose": name}, 4, factor) for name, factor in _DECOMPOSE.items()),

@@ -157,18 +157,15 @@ PARTS: dict[str, dict[str, Part]] = {
             refuses={**_NO_MAGNITUDE, "core": "a new direction needs trained A and B; a core's bases are frozen"},
         ),
         "auto": Part(
-            "squeeze, to the smallest budget whose validation loss is as good as the best",
+            "trained wide, then cut to the smallest budget whose validation loss is as good as the best",
             "trivet, docs/methods.md",
-            "as squeeze, and at most 8 forward passes over the validation rows",
+            "moments on every 10th step, wide to the end, and at most 8 forward passes over the validation rows",
             "trivet.rank.auto:Auto",
             options=(
                 Option("start_rank", None, "rank to train wide with; default twice lora_rank", "whole"),
-                Option(
-                    "begin", 0.3, "share of the steps that are trained wide, after which the budget is chosen", "share"
-                ),
-                *_SCHEDULE[3:],
+                _SCHEDULE[4],
                 _METRIC,
-                Option("tolerance", 0.01, "share of the gain over the base that may be lost", "share"),
+                Option("tolerance", 0.01, "share of the gain over the base that may be lost, with its error", "share"),
             ),
             traits=("varying",),
             refuses=_NO_MAGNITUDE,

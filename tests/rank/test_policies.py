@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -148,15 +150,36 @@ def test_a_pattern_that_makes_no_sense(ranks: dict[str, int], words: str) -> Non
         attach(tiny_model("llama", 64), method={"rank": {"name": "pattern", "ranks": ranks}})
 
 
-def test_auto_measures_at_most_eight_budgets_and_keeps_the_smallest_good_one(place: Path) -> None:
-    outcome = run(place, {"name": "auto", "start_rank": 4})
-    looks = [row for row in outcome.result["rank_history"] if "tried" in row]
-    assert 1 < len(looks) <= 4 and sum(len(look["tried"]) for look in looks) <= 8
-    for look in looks:
-        best = min(look["tried"].values())
-        assert look["tried"][str(look["budget"])] - best <= max(0.2, 0.02 * (max(look["tried"].values()) - best))
-        assert look["budget"] <= int(max(look["tried"], key=int))
-    assert outcome.result["adapter_parameters"] <= max(looks[-1]["budget"], 96)
+def test_auto_measures_at_most_eight_budgets_when_training_has_ended_and_keeps_the_smallest_good_one(
+    place: Path,
+) -> None:
+    outcome = run(place, {"name": "auto", "start_rank": 4, "tolerance": 0.2})
+    (look,) = (row for row in outcome.result["rank_history"] if "tried" in row)
+    tried = {int(budget): loss for budget, loss in look["tried"].items()}
+    assert look["step"] == 40 and max(tried) == 2 * PLAIN and len(tried) <= 8
+    best = min(tried.values())
+    assert tried[look["budget"]] - best <= 0.2 * (tried[0] - best)
+    assert look["budget"] < 2 * PLAIN
+    assert outcome.result["adapter_parameters"] == parameters(adapted_layers(outcome.session.model))
+    assert 0.5 * look["budget"] < outcome.result["adapter_parameters"] <= look["budget"]
+    assert outcome.result["best_step"]  # the cut is no new start
+
+
+def test_auto_cuts_the_best_checkpoint_where_training_stopped_early(place: Path) -> None:
+    words = ["red", "blue", "green", "grass", "sky", "house", "cat", "dog", "mat", "one", "two", "three"]
+    draw = random.Random(0)  # answers that can't be known: what is learned of them is soon too much
+    rows = [{"prompt": f"{a} {b} ?", "completion": draw.choice(words)} for a, b in itertools.permutations(words, 2)]
+    patient = {"training.eval_steps": 5, "training.early_stopping_patience": 2, "training.max_steps": 200}
+    outcome = run(place, {"name": "auto", "start_rank": 4, "tolerance": 0.2}, rows=rows, **patient)
+    stopped = outcome.result["best_step"] + 10
+    (look,) = (row for row in outcome.result["rank_history"] if "tried" in row)
+    assert look["step"] == stopped < 200
+    assert look["budget"] < 2 * PLAIN and outcome.result["adapter_parameters"] <= look["budget"]
+    log = [json.loads(line) for line in (place / "run" / "log.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["validation_loss"] for row in log if "validation_loss" in row}
+    assert (
+        look["tried"][str(2 * PLAIN)] == pytest.approx(losses[stopped - 10]) and losses[stopped] > losses[stopped - 10]
+    )
 
 
 def test_auto_needs_validation_rows(place: Path) -> None:
@@ -216,6 +239,25 @@ def test_auto_goes_down_while_that_is_as_good_as_the_best(losses: dict[float, fl
 
     policy.decide(Situation(5, 10, layers, validation=validation))
     assert policy.history[0]["budget"] == max(1, int(chosen * whole))
+
+
+@pytest.mark.parametrize(("noise", "chosen"), [(0.05, 0.5), (0.1, 1.0)])
+def test_auto_cuts_only_what_is_as_good_beyond_its_standard_error(noise: float, chosen: float) -> None:
+    """Half of the budget costs nothing in the mean, a quarter everything; a standard error is a seventh of the noise."""
+    model = attach(
+        tiny_model("llama", 64), lora_rank=4, method={"rank": {"name": "auto", "start_rank": 4, "metric": "plain"}}
+    )
+    layers = adapted_layers(model)
+    whole = parameters(layers)
+
+    def validation(changes: Any) -> torch.Tensor:
+        left = sum(sum(x.shape) * (changes[x.name].rank if x.name in changes else x.rank) for x in layers) / whole
+        sign = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(25)
+        return 1 + noise * sign if 0.3 < left < 0.7 else torch.full_like(sign, 1.0 if left >= 0.7 else 2.0)
+
+    policy = plan_of(model).policy
+    policy.decide(Situation(10, 10, layers, validation=validation))
+    assert policy.history[0]["budget"] == int(chosen * whole)
 
 
 @pytest.mark.parametrize("name", PARTS["rank"])

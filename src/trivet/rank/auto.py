@@ -1,40 +1,36 @@
 """`auto`: the total is chosen too: the smallest budget whose validation loss is as good as the best.
 
-After training wide, and three times more until the ranks settle, the update is cut to half, a quarter and so on of what
-it holds, forward passes only, on the same validation rows. The smallest cut stays that loses, against the best of them,
-no more than one paired standard error or `tolerance` of the gain over the base; training mends it before the next look.
-A task that the base model solves, and labels that mean nothing, end near rank zero.
+What was trained wide is cut to half, a quarter and so on of what it holds when training has ended, on the best
+checkpoint: forward passes only, on the same validation rows. The smallest cut stays whose loss is above the best of
+them by less than `tolerance` of the gain over the base, one paired standard error included. A task that the base model
+solves, and labels that mean nothing, end near rank zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from trivet.adapter.layers import AdaptedLayer, Change
 from trivet.adapter.statistics import LayerStatistics
-from trivet.errors import ConfigError
 from trivet.rank.policy import Situation, parameters
-from trivet.rank.score import Directions, cut, directions
+from trivet.rank.score import cut, directions
 from trivet.rank.squeeze import Squeeze
 
-#: Passes over the validation rows in a whole run: what there is, six halvings of it, and nothing.
+#: Passes over the validation rows: what there is, nothing, and six halvings.
 PASSES = 8
-#: How often the validation rows are looked at, from `begin` to `end`.
-LOOKS = 4
 
 
 @dataclass
 class Auto(Squeeze):
-    """`budget` stays None: it is found on the way. `passes` are left; `base` is the loss without any update."""
+    """A squeeze whose one step comes after training, to a budget that it finds there."""
 
-    begin: float = 0.3
+    begin: float = 1.0
+    end: float = 1.0
     tolerance: float = 0.01
-    passes: int = PASSES
-    base: float | None = None
+    afterwards = True
 
     def start(
         self, layers: Sequence[AdaptedLayer], statistics: Mapping[str, LayerStatistics] | None, total: int
@@ -45,57 +41,53 @@ class Auto(Squeeze):
         return ranks
 
     def due(self, step: int, total: int) -> bool:
-        first, last = self._span(total)
-        looks = {first + round(i * (last - first) / (LOOKS - 1)) for i in range(LOOKS)}
-        return step in looks and self.passes >= 2
+        return False
+
+    def settled(self, step: int, total: int) -> bool:
+        return False
 
     def decide(self, now: Situation) -> dict[str, Change]:
-        if now.validation is None:
-            raise ConfigError("method.rank: auto chooses on validation rows; set data.validation, or use squeeze")
         found = directions(now.layers, now.statistics if self.metric == "whitened" else None)
-        held = parameters(now.layers)
-        losses = {held: now.validation({}).double()}
-        if self.base is None:
-            losses[0] = now.validation(self._cut(now.layers, found, 0)).double()
-            self.base = float(losses[0].mean())
-        self.passes -= len(losses)
-        self.target = self._smallest(now, found, held, losses)
+        validation, held = now.validation, parameters(now.layers)
+        assert validation is not None  # noqa: S101 - asked for before training
+
+        def measured(budget: int) -> torch.Tensor:
+            ranks = self.ranks(now.layers, found, budget)[0] if budget else [0] * len(now.layers)
+            return validation(cut(now.layers, found, ranks)).double()
+
+        losses = {budget: measured(budget) for budget in (held, 0)}
+        self.target = self._smallest(losses, min(sum(layer.shape) for layer in now.layers), measured)
         tried = {str(budget): float(losses[budget].mean()) for budget in sorted(losses, reverse=True)}
         self.history.append({"step": now.step, "tried": tried, "budget": self.target})
         return self.squeeze(now, self.target) if self.target < held else {}
 
-    def _smallest(
-        self, now: Situation, found: Mapping[str, Directions], held: int, losses: dict[int, torch.Tensor]
-    ) -> int:
-        """Halve the budget while that is as good as the best; `losses` takes what was measured."""
-        assert now.validation is not None and self.base is not None  # noqa: S101 - `decide` saw to it
-        least = min(sum(layer.shape) for layer in now.layers)
-        chosen, budget = held, held // 2
-        while self.passes and budget >= least:
-            losses[budget] = now.validation(self._cut(now.layers, found, budget)).double()
-            self.passes -= 1
-            # Against what keeps something: where no update at all is best, half of a harmful one is still better.
-            if not self._as_good({b: x for b, x in losses.items() if b}, budget):
+    def _smallest(self, losses: dict[int, torch.Tensor], least: int, measured: Callable[[int], torch.Tensor]) -> int:
+        """Halve the budget while that is as good as the best, down to `least`; `losses` takes what was measured."""
+        chosen = max(losses)
+        while len(losses) < PASSES and (budget := chosen // 2) >= least:
+            losses[budget] = measured(budget)
+            if not self._as_good(losses, budget):
                 break
-            chosen, budget = budget, budget // 2
-        return 1 if 0 in losses and self._as_good(losses, 0) else chosen
+            chosen = budget
+        return 1 if self._nothing_gained(losses) else chosen
 
     def _as_good(self, losses: Mapping[int, torch.Tensor], budget: int) -> bool:
-        means = {b: float(x.mean()) for b, x in losses.items()}
-        best = min(means, key=means.__getitem__)
-        paired = losses[budget] - losses[best]
-        error = float(paired.std() / len(paired) ** 0.5) if len(paired) > 1 else 0.0
-        assert self.base is not None  # noqa: S101
-        return means[budget] - means[best] <= max(error, self.tolerance * (self.base - means[best]))
+        """Whether a cut costs less than what is tolerated, and does so beyond one standard error.
 
-    def _cut(self, layers: Sequence[AdaptedLayer], found: Mapping[str, Directions], budget: int) -> dict[str, Change]:
-        """The changes that leave `budget` parameters; none at all for 0."""
-        ranks = self.ranks(layers, found, budget)[0] if budget else [0] * len(layers)
-        return cut(layers, found, ranks)
+        Against the best of what keeps something: where no update at all is best, half of a harmful one is still better.
+        """
+        best = min((b for b in losses if b), key=lambda b: float(losses[b].mean()))
+        above, error = _paired(losses[budget], losses[best])
+        return budget == best or above + error <= self.tolerance * float((losses[0] - losses[best]).mean())
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "passes": self.passes, "base": self.base}
+    def _nothing_gained(self, losses: Mapping[int, torch.Tensor]) -> bool:
+        """Whether no update at all is within one standard error of the best."""
+        best = min(losses, key=lambda b: float(losses[b].mean()))
+        above, error = _paired(losses[0], losses[best])
+        return above <= error
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.passes, self.base = int(state["passes"]), state["base"]
+
+def _paired(one: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
+    """The mean difference of two losses on the same rows, and its standard error."""
+    paired = one - other
+    return float(paired.mean()), float(paired.std() / len(paired) ** 0.5) if len(paired) > 1 else 0.0

@@ -52,8 +52,10 @@ class Policy:
 
     #: Width of the gradient's sketch that it wants measured during training; 0 for second moments alone.
     sketch = 0
-    #: Whether ranks may change during training.
+    #: Whether ranks may change during training, or after it.
     moving = False
+    #: Whether `decide` is to be asked when training has ended, of the model that is kept, on validation rows.
+    afterwards = False
 
     def start(
         self, layers: Sequence[AdaptedLayer], statistics: Mapping[str, LayerStatistics] | None, total: int

@@ -42,15 +42,17 @@ class RankCallback(TrainerCallback):  # type: ignore[misc]
         *,
         validation: Callable[[], torch.Tensor] | None = None,
         items: Callable[[], int] | None = None,
+        finished: Callable[[], bool] = lambda: True,
     ) -> None:
         """
         Args:
             model: what `trivet.attach` returned.
             validation: the loss of each validation row as the model is now, (n,); rank `auto` chooses by it.
             items: supervised items of the step under way; default: positions that have a gradient.
+            finished: whether training that ends has come to its end, and was not interrupted.
         """
         self.model, self.policy = model, plan_of(model).policy
-        self.validation, self.items = validation, items
+        self.validation, self.items, self.finished = validation, items, finished
         self.collector: Collector | None = None
         #: Seconds spent on measuring, deciding and resizing, known once the ranks are settled.
         self.seconds = 0.0
@@ -79,6 +81,8 @@ class RankCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         if processes.count() > 1 and self.policy.moving and self.items is None:
             raise ConfigError("in several processes only trivet's own training can change ranks; others wrap the model")
+        if self.policy.afterwards and self.validation is None:
+            raise ConfigError("method.rank: auto chooses on validation rows; set data.validation, or use squeeze")
         self._agree(optimizer)
         if not self.policy.settled(state.global_step, state.max_steps):
             reduce = processes.total if processes.count() > 1 else None
@@ -122,13 +126,14 @@ class RankCallback(TrainerCallback):  # type: ignore[misc]
         if self.collector is None:
             return
         began = time.perf_counter()
-        if self.policy.due(state.global_step, state.max_steps):
-            self._decide(state, optimizer)
+        if self.policy.due(state.global_step, state.max_steps) and self._decide(state, optimizer):
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         if self.policy.settled(state.global_step, state.max_steps):
             self._stop()
         self.seconds += time.perf_counter() - began
 
-    def _decide(self, state: Any, optimizer: Any) -> None:
+    def _decide(self, state: Any, optimizer: Any) -> bool:
+        """Ask the policy and carry out what it says; whether that changed any rank."""
         assert self.collector is not None  # noqa: S101
         now = Situation(
             step=state.global_step,
@@ -142,8 +147,8 @@ class RankCallback(TrainerCallback):  # type: ignore[misc]
             resize(self.model, changes, optimizer)
             self._changed()
             self.collector.drop([name for name, change in changes.items() if change.rank == 0])
-            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         self._agree(optimizer)
+        return bool(changes)
 
     def _agree(self, optimizer: Any) -> None:
         """Give every process the first one's adapter and optimizer state: processors may differ in their last bits."""
@@ -165,7 +170,11 @@ class RankCallback(TrainerCallback):  # type: ignore[misc]
         if state.is_world_process_zero and folder.is_dir() and not (folder / STATE).exists():  # trivet's own has it
             self.save(folder)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        if self.collector is not None and self.policy.afterwards and self.finished():  # the best checkpoint is in place
+            began = time.perf_counter()
+            self._decide(state, optimizer)
+            self.seconds += time.perf_counter() - began
         self._stop()
 
     def _stop(self) -> None:

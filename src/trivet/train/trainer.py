@@ -77,6 +77,7 @@ class Trainer(CheckpointTrainer):
             model,
             validation=self.row_losses if validation_rows else None,
             items=lambda: self.step_supervised,
+            finished=lambda: self.finished,
         )
         self.halver = Halver(self._trained, self.ranks.give_up)
         #: Tokens of the step under way, without padding; and those of them that are learned.
@@ -102,12 +103,17 @@ class Trainer(CheckpointTrainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """A pass over the rows; none where the checkpoint that is resumed from was the training's end."""
-        patient = [c for c in self.callback_handler.callbacks if isinstance(c, transformers.EarlyStoppingCallback)]
-        out_of_patience = any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in patient)
-        if self.state.global_step >= self.state.max_steps or out_of_patience:
+        if self.finished:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps were taken, or early stopping has run out of patience."""
+        patient = [c for c in self.callback_handler.callbacks if isinstance(c, transformers.EarlyStoppingCallback)]
+        out_of_patience = any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in patient)
+        return self.state.global_step >= self.state.max_steps or out_of_patience
 
     def create_accelerator_and_postprocess(self) -> None:
         """The accelerator, which leaves the model as it is: the gradients are summed here."""
