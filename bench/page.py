@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import auto
+import cuts
 import pareto
 import plan_table
 import quality
@@ -39,6 +40,8 @@ def figures() -> str:
     parts += ["", "### A learning rate at other ranks", "", across_ranks(rows)]
     if auto.RESULTS.exists():
         parts += ["", "### What `auto` keeps (TREC, MiniLM-L6, seeds 0, 1, 2)", "", auto.table(lines(auto.RESULTS))]
+    if cuts.RESULTS.exists():
+        parts += ["", "### What a cut after training costs", "", cuts.table(cuts.read(cuts.RESULTS)), "", cuts.CAPTION]
     shrink = HERE / "results" / "shrink.jsonl"
     if shrink.exists():
         parts += [

@@ -20,6 +20,7 @@ from trivet.methods import find_method
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
+import cuts
 import page
 import pareto
 import quality
@@ -302,3 +303,25 @@ def test_the_pages_are_what_the_results_say() -> None:
     assert {path.name for path in renewed} >= {"evidence.md", "README.md", "README.zh-CN.md"}
     for path, text in renewed.items():
         assert path.read_text(encoding="utf-8") == text, f"{path.name}: run python bench/page.py"
+
+
+def test_a_measured_cut_is_the_one_that_auto_makes(loaded: Any) -> None:
+    longer = replace(loaded, task=replace(loaded.task, steps=40))
+    row = cuts.measure(longer, 1, 1e-2)
+    made = quality.run(longer, CANDIDATES["auto"], 1, 1e-2, 2.0)
+    left = cuts.kept(row, "d + e ≤ t")
+    assert 0.1 < left["share"] < 1
+    assert len({cut["test"] for cut in row["cuts"]}) == len(cuts.SHARES)
+    assert (made["validation"]["loss"], made["test"]["loss"]) == (left["validation"], left["test"])
+
+
+def test_what_each_rule_would_keep_of_a_cut() -> None:
+    """Two rows, losses 0 ± noise: the whole, a half 0.006 above with an error of 0.005, a quarter 0.011 above, 0.5."""
+    looked = [[0.0, 0.0], [0.001, 0.011], [0.010, 0.012], [0.5, 0.5], [1.0, 1.0]]
+    made = [{"share": 0.5**i, "looked": losses, "test": float(i)} for i, losses in enumerate(looked)]
+    row = {"base": [1.0, 1.0], "cuts": made, "task": "sst2", "seed": 0}
+    shares = [cuts.kept(row, rule)["share"] for rule in cuts.RULES]
+    assert shares == [0.5, 0.5, 1.0, 1.0]  # 0.006 is within 1% of the gain, beyond its error, and with it beyond 1%
+    better = {**row, "cuts": [{**made[0], "looked": [0.2, 0.2]}, *made[1:]]}
+    assert [cuts.kept(better, rule)["share"] for rule in cuts.RULES] == [0.25, 0.25, 0.5, 0.25]
+    assert cuts.table([row]).splitlines()[2].startswith("| SST-2 (MiniLM-L6), 0 | 0.000 | 1.000 | 2.000 |")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import random
@@ -45,7 +46,7 @@ def test_begin_after_end_is_refused() -> None:
         Squeeze(8, begin=0.7, end=0.3)
 
 
-def run(place: Path, rank: Any, *, rows: Any = None, **settings: Any) -> Outcome:
+def run(place: Path, rank: Any, *, rows: Any = None, console: Console | None = None, **settings: Any) -> Outcome:
     values = {
         "model.name": str(place / "llama"),
         "model.lora_rank": 2,
@@ -61,7 +62,7 @@ def run(place: Path, rank: Any, *, rows: Any = None, **settings: Any) -> Outcome
         "evaluation.generate": False,
         "evaluation.resamples": 10,
     }
-    return train(load(values=values | settings), overwrite=True, console=Console(quiet=True))
+    return train(load(values=values | settings), overwrite=True, console=console or Console(quiet=True))
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +154,8 @@ def test_a_pattern_that_makes_no_sense(ranks: dict[str, int], words: str) -> Non
 def test_auto_measures_at_most_eight_budgets_when_training_has_ended_and_keeps_the_smallest_good_one(
     place: Path,
 ) -> None:
-    outcome = run(place, {"name": "auto", "start_rank": 4, "tolerance": 0.2})
+    said = io.StringIO()
+    outcome = run(place, {"name": "auto", "start_rank": 4, "tolerance": 0.2}, console=Console(file=said))
     (look,) = (row for row in outcome.result["rank_history"] if "tried" in row)
     tried = {int(budget): loss for budget, loss in look["tried"].items()}
     assert look["step"] == 40 and max(tried) == 2 * PLAIN and len(tried) <= 8
@@ -163,6 +165,7 @@ def test_auto_measures_at_most_eight_budgets_when_training_has_ended_and_keeps_t
     assert outcome.result["adapter_parameters"] == parameters(adapted_layers(outcome.session.model))
     assert 0.5 * look["budget"] < outcome.result["adapter_parameters"] <= look["budget"]
     assert outcome.result["best_step"]  # the cut is no new start
+    assert f"cut from {2 * PLAIN:,} to {outcome.result['adapter_parameters']:,} parameters" in said.getvalue()
 
 
 def test_auto_cuts_the_best_checkpoint_where_training_stopped_early(place: Path) -> None:
@@ -243,7 +246,7 @@ def test_auto_goes_down_while_that_is_as_good_as_the_best(losses: dict[float, fl
 
 @pytest.mark.parametrize(("noise", "chosen"), [(0.05, 0.5), (0.1, 1.0)])
 def test_auto_cuts_only_what_is_as_good_beyond_its_standard_error(noise: float, chosen: float) -> None:
-    """Half of the budget costs nothing in the mean, a quarter everything; a standard error is a seventh of the noise."""
+    """Half of the budget costs nothing in the mean, a quarter everything; the error is a seventh of the noise."""
     model = attach(
         tiny_model("llama", 64), lora_rank=4, method={"rank": {"name": "auto", "start_rank": 4, "metric": "plain"}}
     )

@@ -41,7 +41,7 @@ SETTINGS: dict[str, Any] = {
 METHODS: dict[str, Any] = {
     "squeeze": {"rank": {"name": "squeeze", "start_rank": 8}},
     "adalora": {"rank": {"name": "adalora", "start_rank": 8}},
-    "auto": {"rank": {"name": "auto", "start_rank": 4}},
+    "auto": {"rank": {"name": "auto", "start_rank": 4, "tolerance": 0.3}},
     "grow-equivariant": {"rank": {"name": "grow", "start_rank": 8, "hysteresis": 0}, "update": "equivariant"},
     "squeeze-principal": {"decompose": "principal", "rank": {"name": "squeeze", "start_rank": 4}, "update": "muon"},
     "squeeze-core": {"decompose": "core", "rank": {"name": "squeeze", "start_rank": 8, "budget": 200}},
@@ -84,14 +84,32 @@ def interrupted(whole: Path, out: Path, step: int) -> Path:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_run_interrupted_while_ranks_change_ends_bit_for_bit_the_same(place: Path, tmp_path: Path, name: str) -> None:
     whole = run(place, tmp_path / "whole", METHODS[name])
-    assert len(whole.result["rank_history"]) >= 3
-    for step in (4, 8):  # in the midst of the squeeze, which lasts to step 12
+    after = name == "auto"  # it cuts when training has ended; the others squeeze up to step 12
+    assert len(whole.result["rank_history"]) >= (2 if after else 3)
+    for step in (8, 20) if after else (4, 8):
         out = interrupted(tmp_path / "whole", tmp_path / f"run{step}", step)
         outcome = run(place, out, METHODS[name], resume=True)
         first, second = (load_file(o / "adapter" / "adapter_model.safetensors") for o in (tmp_path / "whole", out))
         assert first.keys() == second.keys() and all(torch.equal(t, second[k]) for k, t in first.items())
         for key in ("rank_history", "ranks", "metrics", "best_step", "best_validation_loss"):
             assert outcome.result[key] == json.loads(json.dumps(whole.result[key])), key
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_only_training_that_has_come_to_its_end_is_followed_by_a_cut(place: Path, finished: bool) -> None:
+    model = causal(place, METHODS["auto"])
+    start = parameters(adapted_layers(model))
+    ranks = trivet.callback(model, validation=lambda: torch.ones(8), finished=lambda: finished)
+    state = SimpleNamespace(global_step=0, max_steps=20, is_world_process_zero=True)
+    args = SimpleNamespace(seed=0)
+    ranks.on_train_begin(args, state, None)
+    ranks.on_step_begin(args, state, None)
+    model(**{k: torch.tensor([v]) for k, v in TOKENS[0].items()}).loss.backward()
+    ranks.on_pre_optimizer_step(args, state, None)
+    state.global_step = 1
+    ranks.on_step_end(args, state, None)
+    ranks.on_train_end(args, state, None)
+    assert (parameters(adapted_layers(model)) < start) is finished
 
 
 def test_a_checkpoint_without_the_policys_state_is_passed_over(place: Path, tmp_path: Path) -> None:
