@@ -30,9 +30,9 @@ RULES = {
     "d + e ≤ t": lambda d, e, t: d + e <= t,
 }
 CAPTION = (
-    "Test loss in nats of the whole update and of its cuts to a share of its parameters; then the share that each rule keeps "
-    "by the validation rows that `auto` looks at, and what that costs in test loss. d: the cut's loss above the best one's; "
-    "e: the paired standard error of d; t: 1% of the gain over the base. The last rule is `auto`'s."
+    "Test loss in nats of the whole update and of its cuts to a share of its parameters; then the share that each rule "
+    "keeps by the validation rows that `auto` looks at, and what that costs in test loss. d: the cut's loss above the "
+    "best one's; e: the paired standard error of d; t: 1% of the gain over the base. The last rule is `auto`'s."
 )
 
 
