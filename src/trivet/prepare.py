@@ -16,6 +16,7 @@ from trivet.data.dataset import Dataset
 from trivet.data.encode import Encoded, Summary, encode_dataset
 from trivet.errors import ConfigError
 from trivet.memory import Estimate, estimate, free_memory
+from trivet.methods import find_method
 from trivet.model import check_base
 from trivet.session import Session, begin, check_format
 from trivet.splits import Splits, load_splits
@@ -38,6 +39,8 @@ def prepare(config: Config, console: Console, **datasets: Any) -> Prepared:
     splits = load_splits(config, **datasets)
     if config.training.early_stopping_patience is not None and splits.validation is None:
         raise ConfigError("training.early_stopping_patience needs validation rows; set data.validation")
+    if splits.validation is None and find_method(config.method).part("rank").afterwards:
+        raise ConfigError("method: rank auto chooses on validation rows; set data.validation, or use rank squeeze")
     for package in config.training.report_to:
         if find_spec(package) is None:
             raise ConfigError(f"training.report_to: {package} is not installed here; pip install {package}")

@@ -186,8 +186,9 @@ def test_auto_cuts_the_best_checkpoint_where_training_stopped_early(place: Path)
 
 
 def test_auto_needs_validation_rows(place: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.validation"):
+    with pytest.raises(ConfigError, match=r"set data\.validation"):
         run(place, "auto", **{"data.validation": None})
+    assert not (place / "run").exists()
 
 
 def test_rank_aware_steps_are_on_with_varying_ranks_and_can_be_switched_off() -> None:

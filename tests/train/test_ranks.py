@@ -95,6 +95,12 @@ def test_a_run_interrupted_while_ranks_change_ends_bit_for_bit_the_same(place: P
             assert outcome.result[key] == json.loads(json.dumps(whole.result[key])), key
 
 
+def test_auto_in_another_trainer_asks_for_validation_before_training(place: Path) -> None:
+    state = SimpleNamespace(global_step=0, max_steps=20, is_world_process_zero=True)
+    with pytest.raises(ConfigError, match="pass validation="):
+        trivet.callback(causal(place, METHODS["auto"])).on_train_begin(SimpleNamespace(seed=0), state, None)
+
+
 @pytest.mark.parametrize("finished", [False, True])
 def test_only_training_that_has_come_to_its_end_is_followed_by_a_cut(place: Path, finished: bool) -> None:
     model = causal(place, METHODS["auto"])

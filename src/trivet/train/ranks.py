@@ -82,7 +82,7 @@ class RankCallback(TrainerCallback):  # type: ignore[misc]
         if processes.count() > 1 and self.policy.moving and self.items is None:
             raise ConfigError("in several processes only trivet's own training can change ranks; others wrap the model")
         if self.policy.afterwards and self.validation is None:
-            raise ConfigError("method.rank: auto chooses on validation rows; set data.validation, or use squeeze")
+            raise ConfigError("rank auto chooses on validation rows; pass validation= to trivet.callback")
         self._agree(optimizer)
         if not self.policy.settled(state.global_step, state.max_steps):
             reduce = processes.total if processes.count() > 1 else None
