@@ -198,6 +198,7 @@ def fit(session: Any, loaded: Loaded, config: Any) -> dict[str, float]:
         finally:
             log.close()
         seconds = {"train_seconds": time.perf_counter() - began, "train_cpu_seconds": time.process_time() - used}
+    seconds["rank_seconds"] = trainer.ranks.seconds  # of train_seconds: measuring, deciding and resizing
     return {"steps_done": trainer.state.global_step, **{name: round(value, 2) for name, value in seconds.items()}}
 
 

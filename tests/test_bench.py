@@ -276,6 +276,9 @@ def test_a_sweep_is_chosen_by_validation_and_compared_on_test_rows(
     for row in rows.values():
         row["processor"] = row["seed"], row["adapter_parameters"]
     assert pareto.against_sweep(rows).splitlines()[2].endswith("| not comparable | not comparable |")
+    for row in rows.values():
+        row |= {"train_seconds": 10.0, "rank_seconds": 2.0}
+    assert pareto.against_sweep(rows).splitlines()[2].endswith("| 1.25 * | not comparable |")
     against = pareto.against_r16(rows).splitlines()
     assert against[2].startswith("| lora-r2 | 12% | -0.89 |")  # -0.2 of 0.2258
     pareto.draw(rows, tmp_path / "pareto.png")

@@ -39,7 +39,7 @@ def prepare(config: Config, console: Console, **datasets: Any) -> Prepared:
     splits = load_splits(config, **datasets)
     if config.training.early_stopping_patience is not None and splits.validation is None:
         raise ConfigError("training.early_stopping_patience needs validation rows; set data.validation")
-    if splits.validation is None and find_method(config.method).part("rank").afterwards:
+    if splits.validation is None and find_method(config.method).part("rank").validates:
         raise ConfigError("method: rank auto chooses on validation rows; set data.validation, or use rank squeeze")
     for package in config.training.report_to:
         if find_spec(package) is None:

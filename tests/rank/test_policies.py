@@ -168,10 +168,15 @@ def test_auto_measures_at_most_eight_budgets_when_training_has_ended_and_keeps_t
     assert f"cut from {2 * PLAIN:,} to {outcome.result['adapter_parameters']:,} parameters" in said.getvalue()
 
 
-def test_auto_cuts_the_best_checkpoint_where_training_stopped_early(place: Path) -> None:
+def unlearnable() -> list[dict[str, str]]:
+    """Answers that can't be known: what is learned of them is soon too much."""
     words = ["red", "blue", "green", "grass", "sky", "house", "cat", "dog", "mat", "one", "two", "three"]
-    draw = random.Random(0)  # answers that can't be known: what is learned of them is soon too much
-    rows = [{"prompt": f"{a} {b} ?", "completion": draw.choice(words)} for a, b in itertools.permutations(words, 2)]
+    draw = random.Random(0)
+    return [{"prompt": f"{a} {b} ?", "completion": draw.choice(words)} for a, b in itertools.permutations(words, 2)]
+
+
+def test_auto_cuts_the_best_checkpoint_where_training_stopped_early(place: Path) -> None:
+    rows = unlearnable()
     patient = {"training.eval_steps": 5, "training.early_stopping_patience": 2, "training.max_steps": 200}
     outcome = run(place, {"name": "auto", "start_rank": 4, "tolerance": 0.2}, rows=rows, **patient)
     stopped = outcome.result["best_step"] + 10
@@ -183,6 +188,20 @@ def test_auto_cuts_the_best_checkpoint_where_training_stopped_early(place: Path)
     assert (
         look["tried"][str(2 * PLAIN)] == pytest.approx(losses[stopped - 10]) and losses[stopped] > losses[stopped - 10]
     )
+
+
+@pytest.mark.parametrize("name", ["squeeze", "uniform_squeeze", "adalora", "grow", "auto"])
+@pytest.mark.parametrize("every", [1, 8])
+def test_the_budget_is_kept_where_training_stopped_before_the_ranks_were_settled(
+    place: Path, name: str, every: int
+) -> None:
+    """At step 2 nothing was measured yet, at 16 the squeeze is under way."""
+    patient = {"training.eval_steps": every, "training.early_stopping_patience": 1, "training.max_steps": 400}
+    patient["training.learning_rate"] = 0.5  # the loss rises from the first validation on
+    outcome = run(place, {"name": name, "start_rank": 8}, rows=unlearnable(), **patient)
+    steps = [json.loads(line)["step"] for line in (place / "run" / "log.jsonl").read_text().splitlines()]
+    assert max(steps) < 100
+    assert outcome.result["adapter_parameters"] <= (4 * PLAIN if name == "auto" else PLAIN)  # auto has no budget
 
 
 def test_auto_needs_validation_rows(place: Path) -> None:

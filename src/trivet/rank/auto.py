@@ -30,7 +30,7 @@ class Auto(Squeeze):
     begin: float = 1.0
     end: float = 1.0
     tolerance: float = 0.01
-    afterwards = True
+    validates = True
 
     def start(
         self, layers: Sequence[AdaptedLayer], statistics: Mapping[str, LayerStatistics] | None, total: int
@@ -44,7 +44,7 @@ class Auto(Squeeze):
         return False
 
     def settled(self, step: int, total: int) -> bool:
-        return False
+        return False  # not before training has ended
 
     def decide(self, now: Situation) -> dict[str, Change]:
         found = directions(now.layers, now.statistics if self.metric == "whitened" else None)

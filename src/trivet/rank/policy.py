@@ -54,8 +54,8 @@ class Policy:
     sketch = 0
     #: Whether ranks may change during training, or after it.
     moving = False
-    #: Whether `decide` is to be asked when training has ended, of the model that is kept, on validation rows.
-    afterwards = False
+    #: Whether it decides by the losses of validation rows.
+    validates = False
 
     def start(
         self, layers: Sequence[AdaptedLayer], statistics: Mapping[str, LayerStatistics] | None, total: int
@@ -83,7 +83,7 @@ class Policy:
         return {}
 
     def settled(self, step: int, total: int) -> bool:
-        """Whether no change comes after `step`."""
+        """Whether no change comes after `step`. Training that ends before is followed by one more `decide`."""
         return True
 
     def state_dict(self) -> dict[str, Any]:

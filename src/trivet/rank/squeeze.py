@@ -53,9 +53,8 @@ class Squeeze(Policy):
 
     def _span(self, total: int) -> tuple[int, int]:
         """The first and last step after which something may be dropped."""
-        last = total if self.afterwards else total - 1
         first = max(1, round(self.begin * total))
-        return first, max(first, min(round(self.end * total), last))
+        return first, max(first, min(round(self.end * total), total - 1))
 
     def _every(self, total: int) -> int:
         """Steps between squeezes: 50 or 2% of the run, but a tenth of the span where the run is short."""

@@ -81,7 +81,7 @@ class RankCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         if processes.count() > 1 and self.policy.moving and self.items is None:
             raise ConfigError("in several processes only trivet's own training can change ranks; others wrap the model")
-        if self.policy.afterwards and self.validation is None:
+        if self.policy.validates and self.validation is None:
             raise ConfigError("rank auto chooses on validation rows; pass validation= to trivet.callback")
         self._agree(optimizer)
         if not self.policy.settled(state.global_step, state.max_steps):
@@ -126,18 +126,18 @@ class RankCallback(TrainerCallback):  # type: ignore[misc]
         if self.collector is None:
             return
         began = time.perf_counter()
-        if self.policy.due(state.global_step, state.max_steps) and self._decide(state, optimizer):
+        if self.policy.due(state.global_step, state.max_steps) and self._decide(state, state.max_steps, optimizer):
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         if self.policy.settled(state.global_step, state.max_steps):
             self._stop()
         self.seconds += time.perf_counter() - began
 
-    def _decide(self, state: Any, optimizer: Any) -> bool:
-        """Ask the policy and carry out what it says; whether that changed any rank."""
+    def _decide(self, state: Any, total: int, optimizer: Any) -> bool:
+        """Ask the policy, for training of `total` steps, and carry out what it says; whether that changed any rank."""
         assert self.collector is not None  # noqa: S101
         now = Situation(
             step=state.global_step,
-            total=state.max_steps,
+            total=total,
             layers=self.layers,
             statistics=self.collector.statistics(),
             validation=None if self.validation is None else self._after,
@@ -171,9 +171,9 @@ class RankCallback(TrainerCallback):  # type: ignore[misc]
             self.save(folder)
 
     def on_train_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-        if self.collector is not None and self.policy.afterwards and self.finished():  # the best checkpoint is in place
+        if self.collector is not None and self.finished():  # ranks are not settled; the best checkpoint is in place
             began = time.perf_counter()
-            self._decide(state, optimizer)
+            self._decide(state, state.global_step, optimizer)
             self.seconds += time.perf_counter() - began
         self._stop()
 
