@@ -28,6 +28,7 @@ RULES = {
     "d ≤ t": lambda d, e, t: d <= t,
     "d ≤ min(e, t)": lambda d, e, t: d <= min(e, t),
     "d + e ≤ t": lambda d, e, t: d + e <= t,
+    "d + e ≤ t / 2": lambda d, e, t: d + e <= t / 2,
 }
 CAPTION = (
     "Test loss in nats of the whole update and of its cuts to a share of its parameters; then the share that each rule "

@@ -165,7 +165,7 @@ PARTS: dict[str, dict[str, Part]] = {
                 Option("start_rank", None, "rank to train wide with; default twice lora_rank", "whole"),
                 _SCHEDULE[4],
                 _METRIC,
-                Option("tolerance", 0.01, "share of the gain over the base that may be lost, with its error", "share"),
+                Option("tolerance", 0.005, "share of the gain over the base that may be lost, with its error", "share"),
             ),
             traits=("varying",),
             refuses=_NO_MAGNITUDE,

@@ -29,7 +29,7 @@ class Auto(Squeeze):
 
     begin: float = 1.0
     end: float = 1.0
-    tolerance: float = 0.01
+    tolerance: float = 0.005
     validates = True
 
     def start(
