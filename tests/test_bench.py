@@ -324,7 +324,7 @@ def test_what_each_rule_would_keep_of_a_cut() -> None:
     made = [{"share": 0.5**i, "looked": losses, "test": float(i)} for i, losses in enumerate(looked)]
     row = {"base": [1.0, 1.0], "cuts": made, "task": "sst2", "seed": 0}
     shares = [cuts.kept(row, rule)["share"] for rule in cuts.RULES]
-    assert shares == [0.5, 0.5, 1.0, 1.0, 1.0]  # 0.006 is within 1% of the gain, beyond its error, and with it beyond 1%
+    assert shares == [0.5, 0.5, 1.0, 1.0, 1.0]  # 0.006: within 1% of the gain, beyond its error, with it beyond 1%
     better = {**row, "cuts": [{**made[0], "looked": [0.2, 0.2]}, *made[1:]]}
     assert [cuts.kept(better, rule)["share"] for rule in cuts.RULES] == [0.25, 0.25, 0.5, 0.25, 0.5]
     assert cuts.table([row]).splitlines()[2].startswith("| SST-2 (MiniLM-L6), 0 | 0.000 | 1.000 | 2.000 |")

@@ -241,7 +241,7 @@ def test_a_rank_aware_step_is_plain_loras_at_another_rate(place: Path, rank: int
     ("losses", "chosen"),
     [
         ({1.0: 1.0, 0.5: 1.0, 0.25: 1.0, 0.0: 1.0}, 0.0),  # nothing was gained: nothing stays
-        ({1.0: 1.0, 0.5: 1.001, 0.25: 1.5, 0.0: 2.0}, 0.5),  # within 1% of the gain of 1
+        ({1.0: 1.0, 0.5: 1.001, 0.25: 1.5, 0.0: 2.0}, 0.5),  # within half a percent of the gain of 1
         ({1.0: 1.0, 0.5: 1.1, 0.25: 1.0, 0.0: 2.0}, 1.0),  # the first step down costs too much
         ({1.0: 1.0, 0.5: 0.8, 0.25: 0.9, 0.0: 2.0}, 0.5),  # the best is not the largest
         ({1.0: 1.0, 0.5: 0.9, 0.25: 0.95, 0.0: 0.2}, 0.0),  # the update does harm, and so does half of it
@@ -264,7 +264,7 @@ def test_auto_goes_down_while_that_is_as_good_as_the_best(losses: dict[float, fl
     assert policy.history[0]["budget"] == max(1, int(chosen * whole))
 
 
-@pytest.mark.parametrize(("noise", "chosen"), [(0.05, 0.5), (0.1, 1.0)])
+@pytest.mark.parametrize(("noise", "chosen"), [(0.03, 0.5), (0.05, 1.0)])
 def test_auto_cuts_only_what_is_as_good_beyond_its_standard_error(noise: float, chosen: float) -> None:
     """Half of the budget costs nothing in the mean, a quarter everything; the error is a seventh of the noise."""
     model = attach(
