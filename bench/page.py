@@ -39,7 +39,7 @@ def figures() -> str:
     parts += ["", "### `auto` against a sweep of plain ranks", "", pareto.against_sweep(rows)]
     parts += ["", "### A learning rate at other ranks", "", across_ranks(rows)]
     if auto.RESULTS.exists():
-        parts += ["", "### What `auto` keeps (TREC, MiniLM-L6, seeds 0, 1, 2)", "", auto.table(lines(auto.RESULTS))]
+        parts += ["", "### What `auto` keeps (TREC, MiniLM-L6, a figure a seed)", "", auto.table(lines(auto.RESULTS))]
     if cuts.RESULTS.exists():
         parts += ["", "### What a cut after training costs", "", cuts.table(cuts.read(cuts.RESULTS)), "", cuts.CAPTION]
     shrink = HERE / "results" / "shrink.jsonl"
