@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from quality_table import append, lines
 from rich.console import Console
 
 from trivet.api import LoRAModel
@@ -35,9 +36,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="only print what is there, as Markdown")
     arguments = parser.parse_args()
-    done = (
-        [json.loads(line) for line in arguments.results.read_text().splitlines()] if arguments.results.exists() else []
-    )
+    done = lines(arguments.results) if arguments.results.exists() else []
     if arguments.table:
         print(table(done))
         return
@@ -54,8 +53,7 @@ def main() -> None:
                 row = compare(
                     Path(place), arguments, case, seed, str(solved[0]) if case == "solved" else "demo-encoder"
                 )
-                with arguments.results.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+                append(arguments.results, row)
                 print(json.dumps({k: v for k, v in row.items() if k != "tried"}), flush=True)
 
 
@@ -122,7 +120,7 @@ def compare(place: Path, arguments: argparse.Namespace, case: str, seed: int, ba
 
 def table(rows: list[dict[str, Any]]) -> str:
     """What was kept, per case and seed."""
-    lines = [
+    rendered = [
         "| case | parameters kept, of r = 16's | validation loss auto / r = 16 | time, of r = 16's |",
         "| --- | --- | --- | --- |",
     ]
@@ -134,8 +132,8 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"{row['validation_loss']['auto']:.3f} / {row['validation_loss']['plain']:.3f}" for row in mine
             )
             time = ", ".join(f"{row['seconds_ratio']:.2f}" for row in mine)
-            lines.append(f"| {case} | {kept} | {loss} | {time} |")
-    return "\n".join(lines)
+            rendered.append(f"| {case} | {kept} | {loss} | {time} |")
+    return "\n".join(rendered)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ is skipped; `--table` prints Markdown.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 from quality import attach, configured, figures, fit, start_heads
+from quality_table import append, lines
 from quality_tasks import CANDIDATES, TASKS, Loaded, load_task
 from versions import processor, versions
 
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="only print what is there, as Markdown")
     arguments = parser.parse_args()
-    done = read(arguments.results)
+    done = lines(arguments.results) if arguments.results.exists() else []
     if arguments.table:
         print(table(done))
         return
@@ -58,13 +58,8 @@ def main() -> None:
                 continue
             loaded = loaded or load_task(TASKS[name], arguments.data)
             row = measure(loaded, seed, RATES[name])
-            with arguments.results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append(arguments.results, row)
             print(name, seed, [(cut["share"], round(cut["test"], 4)) for cut in row["cuts"]], flush=True)
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def measure(loaded: Loaded, seed: int, rate: float) -> dict[str, Any]:
@@ -128,7 +123,7 @@ def kept(row: dict[str, Any], rule: str) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """A line a run: the test loss of every cut, and what each rule would keep."""
-    lines = [
+    rendered = [
         "| task, seed | " + " | ".join(f"{share:g}" for share in SHARES) + " | " + " | ".join(RULES) + " |",
         "| --- |" + " --- |" * (len(SHARES) + len(RULES)),
     ]
@@ -136,15 +131,15 @@ def table(rows: list[dict[str, Any]]) -> str:
         losses = [f"{cut['test']:.3f}" for cut in row["cuts"]]
         choices = [kept(row, rule) for rule in RULES]
         told = [f"{cut['share']:g} ({cut['test'] - row['cuts'][0]['test']:+.3f})" for cut in choices]
-        lines.append(f"| {TASKS[row['task']].title}, {row['seed']} | {' | '.join(losses + told)} |")
+        rendered.append(f"| {TASKS[row['task']].title}, {row['seed']} | {' | '.join(losses + told)} |")
     means = []
     for rule in RULES:
         choices = [(row, kept(row, rule)) for row in rows]
         share = statistics.fmean(cut["share"] for _, cut in choices)
         worse = statistics.fmean(cut["test"] - row["cuts"][0]["test"] for row, cut in choices)
         means.append(f"{share:.2f} ({worse:+.3f})")
-    lines.append("| mean |" + " |" * len(SHARES) + f" {' | '.join(means)} |")
-    return "\n".join(lines)
+    rendered.append("| mean |" + " |" * len(SHARES) + f" {' | '.join(means)} |")
+    return "\n".join(rendered)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import auto
@@ -13,7 +12,7 @@ import cuts
 import pareto
 import plan_table
 import quality
-from quality_table import read, table
+from quality_table import lines, read, table
 from quality_tasks import CANDIDATES, SEEDS, TASKS
 from rate_table import across_ranks
 from speed_table import CHINESE, brief
@@ -41,7 +40,7 @@ def figures() -> str:
     if auto.RESULTS.exists():
         parts += ["", "### What `auto` keeps (TREC, MiniLM-L6, a figure a seed)", "", auto.table(lines(auto.RESULTS))]
     if cuts.RESULTS.exists():
-        parts += ["", "### What a cut after training costs", "", cuts.table(cuts.read(cuts.RESULTS)), "", cuts.CAPTION]
+        parts += ["", "### What a cut after training costs", "", cuts.table(lines(cuts.RESULTS)), "", cuts.CAPTION]
     shrink = HERE / "results" / "shrink.jsonl"
     if shrink.exists():
         parts += [
@@ -51,10 +50,6 @@ def figures() -> str:
             shrunk(lines(shrink)[-1]),
         ]
     return "\n".join(parts) + "\n"
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def shrunk(row: dict) -> str:

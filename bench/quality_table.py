@@ -37,6 +37,11 @@ def read(path: Path) -> Rows:
     return rows
 
 
+def lines(path: Path) -> list[dict]:
+    """The rows of a file of results."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def append(path: Path, row: dict) -> None:
     """Add a line in one write, so that processes which share the file never mix theirs."""
     path.parent.mkdir(parents=True, exist_ok=True)

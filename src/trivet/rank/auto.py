@@ -2,8 +2,8 @@
 
 What was trained wide is cut to half, a quarter and so on of what it holds when training has ended, on the best
 checkpoint: forward passes only, on the same validation rows. The smallest cut stays whose loss is above the best of
-them by less than `tolerance` of the gain over the base, one paired standard error included. A task that the base model
-solves, and labels that mean nothing, end near rank zero.
+them by less than `tolerance` of the gain over the base, one paired standard error included. A task on which nothing is
+gained, as the base model solves it already, ends near rank zero.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.close()
         if self.steps and (left := self.trainer.ranks.parameters) < (wide := self.steps[-1]["adapter_parameters"]):
-            self._say(f"cut from {wide:,} to {left:,} parameters, which are as good on validation rows")
+            self._say(f"cut from {wide:,} to {left:,} parameters")
 
     def close(self) -> None:
         """Ends the live line and the file, also when training was interrupted."""
