@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seed 0 tunes, always")
     parser.add_argument("--hours", type=float, default=math.inf, help="start no run after so many hours")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shard", default="0/1", help="this process's part of the work, e.g. 0/2")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="only print what is there, as Markdown")
@@ -73,7 +74,13 @@ def main() -> None:
     failures = 0
     for task in tasks:
         failures += compare(
-            task, shard(candidates, arguments.shard), arguments.seeds, arguments.data, arguments.results, deadline
+            task,
+            shard(candidates, arguments.shard),
+            arguments.seeds,
+            arguments.data,
+            arguments.results,
+            deadline,
+            arguments.device,
         )
     sys.exit(bool(failures))
 
@@ -87,14 +94,20 @@ def shard(candidates: list[Candidate], share: str) -> list[Candidate]:
 
 
 def compare(
-    task: Task, candidates: list[Candidate], seeds: list[int], data: Path, results: Path, deadline: float = math.inf
+    task: Task,
+    candidates: list[Candidate],
+    seeds: list[int],
+    data: Path,
+    results: Path,
+    deadline: float = math.inf,
+    device: str = "cpu",
 ) -> int:
     """All missing runs of `task`; the number of candidates that failed."""
     failed, loaded = 0, None
     for candidate in candidates:
         try:
             while time.monotonic() < deadline and (todo := next_run(read(results), task, candidate, seeds)):
-                loaded = loaded or load_task(task, data)
+                loaded = loaded or load_task(task, data, device)
                 row = run(loaded, candidate, *todo, best=best_loss(read(results), task, candidate, todo[0]))
                 append(results, row)
                 loss = "failed" if row["failed"] else f"validation loss {row['validation']['loss']:.4f}"
@@ -152,7 +165,7 @@ def run(loaded: Loaded, candidate: Candidate, seed: int, rate: float, scale: flo
         "validation": validation, "test": test, "failed": failed,
         "wall_seconds": round(time.perf_counter() - began, 2), **took,
         "dtype": loaded.task.dtype, "device": str(loaded.base.device),
-        "machine": platform.machine(), "processor": processor(),
+        "machine": platform.machine(), "processor": processor(loaded.base.device.type),
         "threads": int(os.environ.get("OMP_NUM_THREADS", "0")), "versions": versions(),
     }  # fmt: skip
 

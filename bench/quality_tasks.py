@@ -205,15 +205,15 @@ class Loaded:
     summary: Any
 
 
-def load_task(task: Task, folder: Path) -> Loaded:
-    """Read `task` from the data in `folder`."""
+def load_task(task: Task, folder: Path, device: str = "cpu") -> Loaded:
+    """Read `task` from the data in `folder`, and its base model onto `device`."""
     from trivet.data.encode import encode_dataset
     from trivet.model import load_base
     from trivet.session import class_names, make_encoder
 
     parts = splits(task, folder)
     labels = class_names(parts.train, "auto")
-    base = load_base(task.base, data_format=parts.train.format, labels=labels, dtype=task.dtype, device="cpu")
+    base = load_base(task.base, data_format=parts.train.format, labels=labels, dtype=task.dtype, device=device)
     data = {"max_length": task.max_length, "chat_template": "none", "loss_on": "responses"}
     encoder = make_encoder(base, data)
     train_rows, summary = encode_dataset(parts.train, encoder)

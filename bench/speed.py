@@ -10,7 +10,9 @@ Without --data the workloads that need no file run: `dense` (SmolLM2-135M, 4 row
 labels), `types` (the same, trivet alone in float32 and in bfloat16), `lengths` (trivet alone, one row of 512, 1024 and
 2048) and `seq2seq` (BART base's size, random weights). With it also `e2e`, `snips`, `gsm8k` (prompt and completion; TRL
 with its defaults and with its two best settings) and `trec` (a classifier; each side in its own default type,
-`trec-fp32` in float32). --device cuda runs `dense` with a Llama of --size and reports model FLOPs utilisation.
+`trec-fp32` in float32). --device cuda runs `dense` with a Llama of --size, or what --workloads names, beside TRL and
+Unsloth, and reports model FLOPs utilisation. A side can have a Python of its own, where its packages don't go with
+trivet's: --python unsloth=FOLDER/bin/python.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ WORKLOADS = {
     "trec": Workload("labels", ("trivet", "peft"), 16, rank=8, file="cls_trec_train.jsonl"),
     "trec-fp32": Workload("labels", ("trivet", "peft"), 16, rank=8, file="cls_trec_train.jsonl", dtype="float32"),
 }
-CUDA = Workload("dense", ("trivet", "peft-bf16", "peft-best", "unsloth"), 8, 1024)
+CUDA = Workload("dense", ("trivet", "peft-bf16", "peft-best", "trl", "trl-best", "trl-liger", "unsloth"), 8, 1024)
 
 
 def main() -> None:
@@ -78,6 +80,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="rows of a dense step (4; cuda: 8)")
     parser.add_argument("--length", type=int, help="tokens of each of them (256; cuda: 1024)")
     parser.add_argument("--peak-tflops", type=float, help="of a GPU that is not known here, in bfloat16")
+    parser.add_argument("--python", nargs="+", default=[], metavar="SIDE=PYTHON", help="the interpreter of a side")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each side (default: all cores)")
     parser.add_argument("--out", type=Path, help="the file that gets the lines, and that --table reads")
     parser.add_argument("--tiny", action="store_true", help="tiny models: does it run? (kept only if --out is given)")
@@ -93,8 +96,9 @@ def main() -> None:
     arguments.rounds = arguments.rounds or (2 if arguments.tiny else 9)
     if arguments.rounds < 2 or arguments.threads < 1:
         parser.error("--rounds must be at least 2 (one to warm up, one to measure), --threads at least 1")
-    if arguments.device == "cuda":
-        arguments.size = arguments.size or "1b"
+    arguments.python = dict(pair.partition("=")[::2] for pair in arguments.python)
+    if not all(arguments.python.values()):
+        parser.error("--python: SIDE=PYTHON, for example unsloth=unsloth/bin/python")
     for name in chosen(parser, arguments):
         print(f"{name}:", flush=True)
         line = measure(name, arguments)
@@ -110,10 +114,8 @@ def main() -> None:
 def chosen(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> list[str]:
     """The workloads to run; what can't be run as asked ends the program with one line."""
     names = arguments.workloads
-    if arguments.device == "cuda":
-        if names and names != ["dense"]:
-            parser.error("--device cuda runs the dense workload only")
-        return ["dense"]
+    if arguments.device == "cuda" and not names:
+        names = ["dense"]
     for name in names or ():
         if WORKLOADS[name].file and arguments.data is None:
             parser.error(f"--workloads {name}: --data is needed, the folder that holds {WORKLOADS[name].file}")
@@ -126,12 +128,15 @@ def chosen(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> li
 
 def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """One workload, all sides in turns; the line to keep."""
-    work = CUDA if arguments.device == "cuda" else WORKLOADS[name]
+    cuda = arguments.device == "cuda"
+    work = CUDA if cuda and name == "dense" else WORKLOADS[name]
     sides = [side for side in work.sides if arguments.sides is None or side in arguments.sides]
     if not sides:
         raise SystemExit(f"--sides: {name} has {', '.join(work.sides)}")
     spec = vars(work) | {"device": arguments.device, "rounds": arguments.rounds, "base": arguments.base}
     spec |= {"warmup": min(WARMUP, arguments.rounds - 1), "size": arguments.size}
+    if cuda and name == "dense":
+        spec["size"] = spec["size"] or "1b"
     if work.kind == "labels" and spec["base"] == "demo":
         spec["base"] = "demo-encoder"
     if name in ("dense", "types"):
@@ -142,16 +147,21 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
     if spec["base"] in DEMO_MODELS and not spec["size"] and work.kind != "seq2seq":
         demo_path(spec["base"])  # once, before the sides look for it
+    if any(side.startswith(("trl", "unsloth")) for side in sides) and work.kind == "dense":
+        spec["tokenizer"] = str(demo_path("demo"))  # which both insist on, for a model of random weights
     with tempfile.TemporaryDirectory() as folder:
         if work.file:
             spec["rows_file"] = str(first_rows(arguments.data / work.file, Path(folder) / "rows.jsonl", 2000))
-        children = {side: Child(spec | {"side": side} | length_of(side), arguments.threads, folder) for side in sides}
-        done = take_turns(children, arguments.rounds, spec["warmup"])
+        children = {
+            side: Child(spec | {"side": side} | length_of(side), arguments.threads, folder, arguments.python.get(side))
+            for side in sides
+        }
+        done = take_turns(children, arguments.rounds, spec["warmup"], together=cuda)  # it has cores to spare
     machine, peak = machine_name(arguments.device), arguments.peak_tflops
     flops = peak * 1e12 if peak else peak_flops(machine)
-    if arguments.device == "cuda" and flops:
+    if cuda and flops:
         for side in done.values():
-            if "failed" not in side:
+            if "frozen" in side:
                 side["utilisation"] = utilisation(side, flops)
     model = Path(spec["base"]).name
     if work.kind == "seq2seq":
@@ -163,8 +173,8 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "workload": name, "model": model, "shape": shape, "rank": work.rank,
         "rounds": arguments.rounds, "warmup": spec["warmup"], "sides": done, "ratios": ratios(done),
         "device": arguments.device, "machine": machine, "cores": os.cpu_count(), "threads": arguments.threads,
-        "peak_flops": flops if arguments.device == "cuda" else None, "system": platform.platform(),
-        "versions": versions("trl", "unsloth"), "command": command(sys.argv),
+        "peak_flops": flops if cuda else None, "system": platform.platform(),
+        "versions": versions("trl", "liger_kernel"), "command": command(sys.argv),
         "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }  # fmt: skip
 

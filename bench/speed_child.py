@@ -63,7 +63,7 @@ class Turns:
     def ready(self, **facts: Any) -> None:
         """Everything is prepared for the first step."""
         facts = {"resident_bytes": self.held, "peak_counted_from": self.peak_from, **self.facts, **facts}
-        self._say(facts | {"threads": torch.get_num_threads()})
+        self._say(facts | {"threads": torch.get_num_threads(), "ready_at": time.time()})
 
     def wait(self) -> float:
         """Blocks until it is this side's turn; the time at which it began. Leaves the process after the last one."""

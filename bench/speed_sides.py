@@ -6,11 +6,13 @@ Here are the plain training loops and the arithmetic floor; sides that go throug
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import tempfile
 from collections.abc import Callable
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -40,15 +42,19 @@ RATE = 1e-4
 
 def causal_model(spec: dict[str, Any], dtype: str) -> Any:
     """The language model that every side trains: demo's weights, or random ones of a size."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     from trivet.model import load_base, pick_dtype
 
     if not spec["size"]:
         return load_base(spec["base"], task="causal-lm", dtype=dtype, device=spec["device"]).model
-    kind = pick_dtype(dtype, torch.device(spec["device"]))
-    config = LlamaConfig(**SIZES[spec["size"]], max_position_embeddings=8192, use_cache=False, dtype=kind)
-    return random_model(LlamaForCausalLM, config, kind, spec["device"])
+    return llama(spec, pick_dtype(dtype, torch.device(spec["device"])))
+
+
+def llama(spec: dict[str, Any], dtype: torch.dtype) -> Any:
+    """Random weights of a size."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**SIZES[spec["size"]], max_position_embeddings=8192, use_cache=False, dtype=dtype)
+    return random_model(LlamaForCausalLM, config, dtype, spec["device"])
 
 
 def random_model(kind: Any, config: Any, dtype: torch.dtype, device: str) -> Any:
@@ -176,22 +182,17 @@ def floor(model: Any, rows: int, length: int, counts: dict[str, int]) -> Callabl
 
 def unsloth_model(turns: Turns, spec: dict[str, Any]) -> tuple[Any, Any]:
     """unsloth reads its model from a folder with a tokenizer: the same random weights, saved and read again."""
+    from transformers import AutoTokenizer
     from unsloth import FastLanguageModel
 
-    from trivet.demo import demo_path
-
     with tempfile.TemporaryDirectory() as folder:
-        made = causal_model(spec, "bfloat16")
-        made.save_pretrained(folder)
-        del made
-        from transformers import AutoTokenizer
-
-        AutoTokenizer.from_pretrained(demo_path("demo")).save_pretrained(folder)
+        llama(spec, torch.bfloat16).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(spec["tokenizer"]).save_pretrained(folder)
         torch.cuda.empty_cache()
         model, _ = FastLanguageModel.from_pretrained(
             folder, max_seq_length=spec["length"], dtype=torch.bfloat16, load_in_4bit=False
         )
-    turns.loaded(model)
+    turns.loaded(model, versions={name: version(name) for name in ("unsloth", "transformers", "torch", "triton")})
     adapted = FastLanguageModel.get_peft_model(
         model,
         r=16,
@@ -245,16 +246,17 @@ def seq2seq(turns: Turns, spec: dict[str, Any]) -> None:
 
 def main() -> None:
     spec = json.loads(sys.argv[1])
+    os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
     package = {"unsloth": "unsloth", "trl": "trl"}.get(spec["side"].partition("-")[0])
     if package and find_spec(package) is None:
         raise SystemExit(f"{package} is not installed here")
     if spec["device"] == "cuda" and not torch.cuda.is_available():
         raise SystemExit("this machine has no CUDA device that torch can use")
+    turns = Turns(spec["device"])  # first: what libraries print when they are imported is no answer
     ours = ("trivet.adapter.attach", "trivet.adapter.plan", "trivet.loss")
     for name in ours if spec["side"].startswith("trivet") else (*([package] if package else []), "peft"):
         import_module(name)  # now, so that code is not taken for the training's memory; unsloth wants to be first
-    turns = Turns(spec["device"])
-    if spec["kind"] in ("dense", "seq2seq"):
+    if spec["kind"] in ("dense", "seq2seq") and not spec["side"].startswith("trl"):
         (dense if spec["kind"] == "dense" else seq2seq)(turns, spec)
     else:
         import speed_trainers

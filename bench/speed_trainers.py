@@ -1,4 +1,4 @@
-"""Sides of `bench/speed.py` that train real rows through a Trainer: trivet's own, TRL's, or transformers' with PEFT.
+"""Sides of `bench/speed.py` that train through a Trainer: trivet's own, TRL's, or transformers' with PEFT.
 
 A step is timed from the end of the one before to its own end, so that drawing rows, padding them and logging count.
 Every side takes batches from all over its epoch, in the order in which its own sampler makes them: samplers that sort
@@ -80,6 +80,9 @@ def contents(batch: dict[str, Any]) -> dict[str, int]:
 
 def drive(turns: Turns, trainer: Any, spec: dict[str, Any]) -> None:
     """Let a Trainer train, a step whenever it is its turn."""
+    from speed_sides import numbers
+
+    turns.facts |= numbers(trainer.model)
     gate = Gate(turns)
     sampler, step = trainer._get_train_sampler, trainer.training_step
     wanted = places(spec["warmup"], spec["rounds"] - spec["warmup"])
@@ -101,7 +104,7 @@ def run(turns: Turns, spec: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if spec["side"] == "trivet":
             trainer = trivet_trainer(turns, spec, Path(folder))
-        elif spec["kind"] == "rows":
+        elif spec["side"].startswith("trl"):
             trainer = trl_trainer(turns, spec, folder)
         else:
             trainer = peft_trainer(turns, spec, folder)
@@ -149,37 +152,55 @@ def trivet_trainer(turns: Turns, spec: dict[str, Any], folder: Path) -> Any:
 
 def trl_trainer(turns: Turns, spec: dict[str, Any], folder: str) -> Any:
     """SFTTrainer with its defaults; or with what makes it fastest: no checkpointing, no autocast, and the model and its
-    adapter in bfloat16 where the processor computes in it, else in float32.
+    adapter in bfloat16 where the processor computes in it, else in float32. `trl-liger` has Liger's kernels too.
 
     TRL's default recomputes activations in the backward pass and keeps the adapter in float32 under autocast.
     """
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer  # importing trl alone loads none of it
 
-    from trivet.model import load_base
-
     dtype = "bfloat16" if spec["side"] == "trl" else "auto"
-    base = load_base(spec["base"], task="causal-lm", dtype=dtype, device=spec["device"])
-    turns.loaded(base.model)
-    rows = [{key: row[key] for key in ("prompt", "completion")} for row in read(spec["rows_file"])]
+    model, tokenizer, rows = trl_material(turns, spec, dtype)
     options = QUIET | {"output_dir": folder, "max_steps": spec["rounds"] + 1, "use_cpu": spec["device"] == "cpu"}
     options["per_device_train_batch_size"] = spec["rows"]
+    if spec["kind"] == "dense":
+        options["max_length"] = spec["length"]
     if spec["side"] == "trl":
-        model, adapter = base.model, lora_config("CAUSAL_LM", spec["rank"])
+        adapter = lora_config("CAUSAL_LM", spec["rank"])
     else:
-        model, adapter = lora(base.model, "CAUSAL_LM", spec["rank"], autocast_adapter_dtype=False), None
+        model, adapter = lora(model, "CAUSAL_LM", spec["rank"], autocast_adapter_dtype=False), None
         options |= {"bf16": False, "gradient_checkpointing": False}
     if spec["side"] == "trl-grouped":
         options["train_sampling_strategy"] = "group_by_length"
+    if spec["side"] == "trl-liger":
+        options["use_liger_kernel"] = True
     if spec["side"] == "trl-packed":  # a step holds about as many tokens as the others' steps do
         options |= {"packing": True, "max_length": spec["pack_length"], "per_device_train_batch_size": 1}
     return SFTTrainer(
         model,
         args=SFTConfig(**options),
         train_dataset=Dataset.from_list(rows),
-        processing_class=base.tokenizer,
+        processing_class=tokenizer,
         peft_config=adapter,
     )
+
+
+def trl_material(turns: Turns, spec: dict[str, Any], dtype: str) -> tuple[Any, Any, list[dict[str, Any]]]:
+    """A model, its tokenizer, and rows: of a file, or as many random ones as there are steps for."""
+    from trivet.model import load_base
+
+    if spec["kind"] == "rows":
+        base = load_base(spec["base"], task="causal-lm", dtype=dtype, device=spec["device"])
+        turns.loaded(base.model)
+        rows = [{key: row[key] for key in ("prompt", "completion")} for row in read(spec["rows_file"])]
+        return base.model, base.tokenizer, rows
+    from speed_sides import causal_model, random_ids
+    from transformers import AutoTokenizer
+
+    model = causal_model(spec, dtype)
+    turns.loaded(model)
+    ids = random_ids(0, spec["rows"] * (spec["rounds"] + 1), spec["length"], model.config.vocab_size, "cpu")
+    return model, AutoTokenizer.from_pretrained(spec["tokenizer"]), [{"input_ids": row} for row in ids.tolist()]
 
 
 def peft_trainer(turns: Turns, spec: dict[str, Any], folder: str) -> Any:

@@ -25,24 +25,28 @@ TUNED = ("peft-best", "trl-grouped", "trl-packed")
 
 
 class Child:
-    """A side's process. It is started when `start` is called, and ended by closing its standard input."""
+    """A side's process. It is started by `launch`, and ended by closing its standard input."""
 
-    def __init__(self, spec: dict[str, Any], threads: int, folder: str) -> None:
-        self.spec, self.threads = spec, threads
+    def __init__(self, spec: dict[str, Any], threads: int, folder: str, python: str | None = None) -> None:
+        self.spec, self.threads, self.python = spec, threads, python or sys.executable
         self.errors = Path(folder) / f"{spec['side']}.err"
         self.process: subprocess.Popen[str] | None = None
 
-    def start(self) -> dict[str, Any] | None:
-        """What it says once it is ready, or None."""
+    def launch(self) -> None:
+        self.launched = time.time()
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
         environment |= {"OMP_NUM_THREADS": str(self.threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         environment |= KEEP_MEMORY if self.spec["side"] in TUNED else {}
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, str(HERE / "speed_sides.py"), json.dumps(self.spec)],
+                [self.python, str(HERE / "speed_sides.py"), json.dumps(self.spec)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment,
             )  # fmt: skip
-        return self._hear()
+
+    def ready(self) -> tuple[dict[str, Any], float] | None:
+        """What it says once it is ready, and how many seconds after its start that was; or None."""
+        said = self._hear()
+        return said and (said, said.pop("ready_at") - self.launched)
 
     def step(self) -> dict[str, Any] | None:
         """One optimizer step, or None where it failed."""
@@ -76,20 +80,28 @@ class Child:
         self.process.stdout.close()
 
 
-def take_turns(children: dict[str, Child], rounds: int, warmup: int) -> dict[str, dict[str, Any]]:
-    """Start the sides one after the other, then let them step in turns; each one's summary, or why it failed."""
+def take_turns(
+    children: dict[str, Child], rounds: int, warmup: int, *, together: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Start the sides one after the other, or all `together`, then let them step in turns.
+
+    Returns each one's summary, or why it failed.
+    """
     ready: dict[str, tuple[dict[str, Any], float]] = {}
     steps: dict[str, list[dict[str, Any]]] = {name: [] for name in children}
     failed: dict[str, str] = {}
     try:
+        for child in children.values() if together else ():
+            child.launch()
         for name, child in children.items():
-            began = time.perf_counter()
-            said = child.start()
+            if not together:
+                child.launch()
+            said = child.ready()
             if said is None:
                 failed[name] = child.why()
                 print(f"  {name}: can't run: {failed[name]}", flush=True)
             else:
-                ready[name] = said, time.perf_counter() - began
+                ready[name] = said
         for turn in range(rounds):
             alive = [name for name in ready if name not in failed]
             first = turn % len(alive) if alive else 0

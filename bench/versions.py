@@ -22,12 +22,14 @@ def versions(*optional: str) -> dict[str, str]:
     return out
 
 
-def processor() -> str:
-    """What the CPU is called, and what it computes with."""
+def processor(device: str = "cpu") -> str:
+    """What the GPU is called; or the CPU, and what it computes with."""
     import torch
 
     from trivet.kernels.product import multiplies
 
+    if device == "cuda":
+        return torch.cuda.get_device_name()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

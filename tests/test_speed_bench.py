@@ -161,11 +161,20 @@ def test_driver_runs_our_trainer_on_rows(tmp_path: Path, tiny: Any) -> None:
     assert all(tokens > 4 for tokens in side["tokens"]) and min(side["seconds"]) > 0
 
 
-def test_a_side_that_cannot_run_says_why(tmp_path: Path) -> None:
+@pytest.mark.parametrize("together", [False, True])
+def test_a_side_that_cannot_run_says_why(together: bool, tmp_path: Path) -> None:
     spec = {"side": "unsloth", "kind": "dense", "device": "cpu", "rounds": 2}
     child = speed_turns.Child(spec, 1, str(tmp_path))
-    found = speed_turns.take_turns({"unsloth": child}, 2, 1)
+    found = speed_turns.take_turns({"unsloth": child}, 2, 1, together=together)
     assert found == {"unsloth": {"failed": "unsloth is not installed here"}}
+
+
+def test_a_side_may_have_another_python(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho another one was asked >&2\nexit 3\n")
+    python.chmod(0o755)
+    child = speed_turns.Child({"side": "trivet"}, 1, str(tmp_path), str(python))
+    assert speed_turns.take_turns({"trivet": child}, 2, 1) == {"trivet": {"failed": "another one was asked"}}
 
 
 @pytest.mark.parametrize(
@@ -174,7 +183,7 @@ def test_a_side_that_cannot_run_says_why(tmp_path: Path) -> None:
         (("--workloads", "e2e"), "--data is needed, the folder that holds d2t_e2e_train.jsonl.gz"),
         (("--rounds", "1"), "--rounds must be at least 2"),
         (("--table",), "is not there yet"),
-        (("--device", "cuda", "--workloads", "seq2seq"), "runs the dense workload only"),
+        (("--python", "unsloth"), "--python: SIDE=PYTHON"),
     ],
 )
 def test_what_cannot_be_run_is_one_line(

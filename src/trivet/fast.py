@@ -1,7 +1,7 @@
-"""Replaces parts of a transformers model by faster ones that compute the same: attention, dropout (on CPUs), norms, and
-frozen linear layers whose 16-bit type the processor can't multiply.
+"""Replaces parts of a transformers model by faster ones that compute the same: norms; on CPUs attention, dropout, and
+frozen linear layers whose 16-bit type the processor can't multiply; on GPUs gated activations and rotary positions.
 
-Nothing is replaced on faith. Every norm is compared with the model's own before it is used; what is not known stays.
+Nothing is replaced on faith. Every part is compared with the model's own before it is used; what is not known stays.
 Dropout drops the same share, but other entries than torch's would for the same seed.
 """
 
@@ -24,8 +24,11 @@ from transformers.pytorch_utils import Conv1D
 
 from trivet.kernels.attention import attention
 from trivet.kernels.dropout import dropout as drop
+from trivet.kernels.fused import fuses
+from trivet.kernels.gate import silu_gate
 from trivet.kernels.norm import rms_norm
 from trivet.kernels.product import linear, widens
+from trivet.kernels.rotation import rotate
 
 #: What the attention is called in transformers' table.
 ATTENTION = "trivet"
@@ -38,6 +41,10 @@ def speed_up(model: Any) -> None:
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and _eps(module) is not None and _is_rms_norm(module):
             module.forward = types.MethodType(fused_norm, module)
+        elif _is_gated(module):
+            module.forward = types.MethodType(_gated, module)
+        elif (own := _rotating(module)) is not None:
+            module.forward = types.MethodType(own, module)
         elif type(module) in (nn.Linear, Conv1D) and widens(module.weight) and _frozen(module):
             module.forward = types.MethodType(widened_linear, module)
         elif type(module) is nn.Dropout:
@@ -114,12 +121,94 @@ def _eps(norm: Any) -> Any:
 def _is_rms_norm(module: nn.Module) -> bool:
     """Whether the module computes what `rms_norm` does (some multiply by 1 + weight)."""
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.requires_grad or weight.device.type != "cpu":
+    if not isinstance(weight, torch.Tensor) or weight.requires_grad or weight.device.type not in ("cpu", "cuda"):
         return False
-    x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
-    theirs, ours = module(x), rms_norm(x, weight, _eps(module))
-    tolerance = 4 * torch.finfo(weight.dtype).eps
-    return theirs.dtype == ours.dtype and torch.allclose(theirs, ours, rtol=tolerance, atol=tolerance)
+    x = _drawn(weight, 4, len(weight))
+    return _close(module(x), rms_norm(x, weight, _eps(module)))
+
+
+def _drawn(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    """Random numbers, the same whatever torch's global state, of another tensor's type and on its device."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)
+
+
+def _close(theirs: torch.Tensor, ours: torch.Tensor, size: float = 1.0) -> bool:
+    """Whether two results, as large as `size`, are the same but for rounding."""
+    tolerance = 4 * torch.finfo(theirs.dtype).eps
+    return theirs.dtype == ours.dtype and torch.allclose(theirs, ours, rtol=tolerance, atol=tolerance * size)
+
+
+# -- gated activations and rotary positions, on GPUs -------------------------------------------------------------
+
+
+@torch.no_grad()
+def _is_gated(module: Any) -> bool:
+    """Whether the module computes down(SiLU(gate(x)) · up(x)), as Llama's feed-forward layers do."""
+    weights = [getattr(getattr(module, f"{part}_proj", None), "weight", None) for part in ("gate", "up", "down")]
+    if not all(isinstance(weight, torch.Tensor) and weight.ndim == 2 and fuses(weight) for weight in weights):
+        return False
+    weight: Any = weights[0]
+    x = _drawn(weight, 2, weight.shape[1])
+    with torch.random.fork_rng([weight.device.index] if weight.is_cuda else []):  # an adapter's dropout draws
+        theirs, ours = module(x), module.down_proj(silu_gate(module.gate_proj(x), module.up_proj(x)))
+    return _close(theirs, ours, float(theirs.abs().max()))
+
+
+def _gated(self: Any, x: torch.Tensor) -> torch.Tensor:
+    """The forward pass of a gated feed-forward layer that was replaced."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return type(self).forward(self, x)
+    gate, up = self.gate_proj(x), self.up_proj(x)
+    inner = silu_gate(gate, up)
+    place, shape = inner.data_ptr(), (-1, inner.shape[-1])
+    kept = gate.detach(), up.detach()  # for the gradient of the gate anyway
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor | None:
+        return None if tensor.data_ptr() == place else tensor
+
+    def unpack(tensor: torch.Tensor | None) -> torch.Tensor:
+        return silu_gate(*kept).view(shape) if tensor is None else tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):  # the third of the layer's large tensors is not kept
+        return self.down_proj(inner)
+
+
+#: What transformers' modules call to turn queries and keys, and how: (query, key, cos, sin).
+_ROTATION = "apply_rotary_pos_emb"
+
+
+@torch.no_grad()
+def _rotating(module: nn.Module) -> Callable[..., Any] | None:
+    """An attention layer's own forward pass with another rotation; None where it has none that is known.
+
+    transformers' layers look the rotation up among their module's functions. A copy of the forward pass looks among
+    others, so that nothing changes for other models.
+    """
+    forward, weight = type(module).forward, next(module.parameters(recurse=True), None)
+    names: dict[str, Any] = getattr(forward, "__globals__", {})
+    known = _ROTATION in names and _ROTATION in getattr(getattr(forward, "__code__", None), "co_names", ())
+    width = getattr(module, "head_dim", None)
+    if not known or not isinstance(width, int) or width % 2 or weight is None or not fuses(weight):
+        return None
+    own = names[_ROTATION]
+    query, key = (_drawn(weight, 2, 3, heads, width).transpose(1, 2) for heads in (4, 2))
+    angles = _drawn(weight, 1, 3, width // 2).repeat(1, 1, 2)
+    given = query, key, angles.cos(), angles.sin()
+    if tuple(inspect.signature(own).parameters)[:4] != ("q", "k", "cos", "sin"):
+        return None
+    if not all(_close(t, o, 2.0) for t, o in zip(own(*given), rotate(*given), strict=True)):
+        return None
+
+    def turned(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *rest: Any, **more: Any) -> Any:
+        learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+        plain = rest or more or cos.shape[-1] != q.shape[-1] or cos.dim() != 3 or cos.dtype != q.dtype
+        return (own if plain or not learns else rotate)(q, k, cos, sin, *rest, **more)
+
+    copy = types.FunctionType(
+        forward.__code__, names | {_ROTATION: turned}, forward.__name__, forward.__defaults__, forward.__closure__
+    )
+    copy.__kwdefaults__ = forward.__kwdefaults__
+    return functools.update_wrapper(copy, forward)
 
 
 # -- dropout ---------------------------------------------------------------------------------------------------

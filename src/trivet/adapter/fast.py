@@ -14,8 +14,9 @@ from peft.tuners import lora
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from trivet.adapter import fast_gpu
 from trivet.fast import widened_linear
-from trivet.kernels.dropout import keep, zero
+from trivet.kernels.dropout import dropped
 from trivet.kernels.product import addmm_, mm
 
 
@@ -26,29 +27,40 @@ class FastLinear(lora.Linear):  # type: ignore[misc]
         name = self._single(x, args, kwargs)
         if name is None:
             return super().forward(x, *args, **kwargs)
-        base = self.get_base_layer()
-        dropout = self.lora_dropout[name]
+        parts: Any = self._modules  # a module's attributes are looked up slowly, and a model has hundreds of layers
+        base, dropout = parts["base_layer"], parts["lora_dropout"]._modules[name]
         p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
         seed = int(torch.randint(2**62, ())) if p else 0
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        transposed = isinstance(base, Conv1D)
-        return _AdaptedLinear.apply(x, a, b, base.weight, base.bias, self.scaling[name], transposed, p, seed)
+        a, b = parts["lora_A"]._modules[name].weight, parts["lora_B"]._modules[name].weight
+        settings = self.scaling[name], type(base) is Conv1D, p, seed
+        weights = base._parameters["weight"], base._parameters["bias"]
+        if fast_gpu.wanted(x):
+            return fast_gpu.adapted(x, a, b, vars(self).get("halves", {}).get(name), *weights, *settings)
+        return _AdaptedLinear.apply(x, a, b, *weights, *settings)
 
     def _single(self, x: torch.Tensor, args: Any, kwargs: Any) -> str | None:
         """The adapter to apply, where the fused pass computes what PEFT's would."""
         if args or kwargs or self.disable_adapters or self.merged:
             return None
-        on = [name for name in self.active_adapters if name in self.lora_A]
-        base = self.get_base_layer()
+        parts: Any = self._modules
+        base = parts["base_layer"]
+        on = [name for name in self.active_adapters if name in parts["lora_A"]._modules]
         if len(on) != 1 or on[0] in self.lora_variant or type(base) not in (nn.Linear, Conv1D):
             return None
-        frozen = not base.weight.requires_grad and (base.bias is None or not base.bias.requires_grad)
-        biased = getattr(self.lora_B[on[0]], "bias", None) is not None
+        weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+        if (
+            weight is None
+            or weight.requires_grad
+            or x.dtype != weight.dtype
+            or (bias is not None and bias.requires_grad)
+        ):
+            return None
+        biased = getattr(parts["lora_B"]._modules[on[0]], "bias", None) is not None
         hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or _replaced(base)
         device = x.device.type
         able = torch.amp.is_autocast_available(device)  # not on the meta device
         cast = able and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != x.dtype
-        return None if not frozen or biased or hooked or cast or x.dtype != base.weight.dtype else on[0]
+        return None if biased or hooked or cast else on[0]
 
 
 def _replaced(base: nn.Module) -> bool:
@@ -59,9 +71,10 @@ def _replaced(base: nn.Module) -> bool:
 
 def make_fast(model: nn.Module) -> None:
     """Give every plain LoRA linear layer of a PEFT model the fused pass."""
-    for module in model.modules():
-        if type(module) is lora.Linear:
-            module.__class__ = FastLinear
+    layers = [module for module in model.modules() if type(module) is lora.Linear]
+    for layer in layers:
+        layer.__class__ = FastLinear
+    fast_gpu.Halves(layers).follow(getattr(model, "base_model", model))
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -77,7 +90,7 @@ class _AdaptedLinear(torch.autograd.Function):
         flat = y.view(-1, w.shape[1])
         mm(rows, w, bias, out=flat)
         small_a, small_b = a.to(x.dtype), (b * (scale / (1 - p))).to(x.dtype)
-        inner = mm(_dropped(rows, p, seed), small_a.T)
+        inner = mm(dropped(rows, p, seed), small_a.T)
         addmm_(flat, inner, small_b.T)
         a_learns, b_learns = ctx.needs_input_grad[1:3]
         ctx.save_for_backward(rows if a_learns else None, inner if b_learns else None, small_a, small_b, weight)
@@ -94,22 +107,12 @@ class _AdaptedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = mm(g, weight.T if transposed else weight)
             if p:
-                dx += _dropped(mm(low, a), p, seed)
+                dx += dropped(mm(low, a), p, seed)
             else:
                 addmm_(dx, low, a)
             dx = dx.view(shape)
         if rows is not None:
-            da = mm(low.T, _dropped(rows, p, seed)).to(a_type)
+            da = mm(low.T, dropped(rows, p, seed)).to(a_type)
         if inner is not None:
             db = mm(g.T, inner).to(b_type).mul_(scale)
         return dx, da, db, None, None, None, None, None, None
-
-
-def _dropped(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
-    """x with a share p of its entries 0, the same ones for one seed."""
-    if not p:
-        return x
-    random = torch.Generator(x.device).manual_seed(seed)
-    if x.device.type == "cpu":
-        return zero(x, keep(x.shape, p, random))
-    return x * (torch.rand(x.shape, generator=random, device=x.device) >= p)

@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 
+from trivet.kernels import fused
 from trivet.kernels.product import mm
 
-#: Logits that are held at a time. Large enough for good matrix products, small enough for a last-level cache.
+#: Logits that are held at a time. Large enough for good matrix products, small enough for a CPU's last-level cache.
 CHUNK = 3 * 2**22
+#: A GPU reads the whole head for every chunk, so that small ones would slow it down.
+GPU_CHUNK = 2**27
 
 
 @dataclass(frozen=True)
@@ -76,13 +79,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         right = torch.empty(n, dtype=torch.bool, device=hidden.device)
         wanted = ctx.needs_input_grad[0]
         grad = torch.empty_like(hidden) if wanted else None
-        size = -(-n // max(1, -(-n * len(head.weight) // CHUNK)))  # equal chunks
-        wide = hidden.new_empty(size, len(head.weight), dtype=torch.float32)  # the same memory for every chunk
-        short = wide if hidden.dtype == torch.float32 else hidden.new_empty(wide.shape)
+        held = GPU_CHUNK if hidden.is_cuda else CHUNK
+        size = -(-n // max(1, -(-n * len(head.weight) // held)))  # equal chunks
+        short = hidden.new_empty(size, len(head.weight))  # the same memory for every chunk
+        at_once = grad is not None and head.bias is None and fused.fuses(hidden)
+        wide = short if at_once or short.dtype == torch.float32 else short.new_empty(short.shape, dtype=torch.float32)
         for start in range(0, n, max(size, 1)):
             rows = slice(start, start + size)
             target = targets[rows, None]
             products, p = short[: len(target)], wide[: len(target)]
+            if grad is not None and at_once:
+                mm(hidden[rows], head.weight.T, out=products)
+                losses[rows], right[rows] = fused.cross_entropy_(
+                    products, target, scale=head.scale, cap=head.cap, z_loss=z_loss
+                )
+                mm(products, head.weight, out=grad[rows])
+                continue
             head.logits(hidden[rows], (products, p))
             chosen = p.gather(1, target)
             if head.cap is not None and wanted:

@@ -45,6 +45,16 @@ def zero(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     return (x.view(bits) & kept.to(bits)).view(x.dtype)
 
 
+def dropped(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
+    """x, on any device, with a share p of its entries 0 and the others as they are; the same ones for one seed."""
+    if not p:
+        return x
+    random = torch.Generator(x.device).manual_seed(seed)
+    if x.device.type == "cpu":
+        return zero(x, keep(x.shape, p, random))
+    return x * (torch.rand(x.shape, generator=random, device=x.device) >= p)
+
+
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Any, p: float) -> torch.Tensor:

@@ -1,0 +1,167 @@
+"""The GPU's kernels: torch's own operations in float64. On CPUs Triton's interpreter runs them, if it is installed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton", reason="Triton is not installed (it comes with torch for CUDA)")
+
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from conftest import tiny_model
+from trivet import fast
+from trivet.adapter.attach import attach
+from trivet.adapter.layers import adapted_layers
+from trivet.kernels import cross_entropy, fused, gate, norm, rotation
+from trivet.kernels.cross_entropy import Head, linear_cross_entropy
+from trivet.loss import training_loss
+
+pytestmark = pytest.mark.gpu if torch.cuda.is_available() else []
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def fusing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes a CPU's tensors, which are otherwise not given to it."""
+    if DEVICE == "cpu":
+        for module in (fused, fast):
+            monkeypatch.setattr(module, "fuses", lambda x: x.numel() > 0)
+
+
+def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def close(found: torch.Tensor, exact: torch.Tensor) -> None:
+    """Within the rounding of a result in `found`'s type."""
+    eps = torch.finfo(found.dtype).eps
+    torch.testing.assert_close(
+        found.double(), exact.double(), rtol=2 * eps, atol=2 * eps * float(exact.detach().abs().max())
+    )
+
+
+def both(ours: Any, theirs: Any, *inputs: torch.Tensor) -> None:
+    """Results and gradients of two functions, of which the second computes in float64."""
+    mine = [x.detach().clone().requires_grad_() for x in inputs]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    found, wanted = ours(*mine), theirs(*exact)
+    close(found, wanted)
+    weights = draw(*found.shape, seed=9, dtype=found.dtype)
+    got = torch.autograd.grad(found, mine, weights)
+    for one, other in zip(got, torch.autograd.grad(wanted, exact, weights.double()), strict=True):
+        close(one, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 7), (5, 64), (2, 3, 100)])
+def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    weight = 1 + draw(shape[-1], seed=2, dtype=dtype) / 2
+
+    def exact(x: torch.Tensor) -> torch.Tensor:
+        return weight.double() * x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+    both(lambda x: norm.rms_norm(x, weight, 1e-5), exact, draw(*shape, seed=1, dtype=dtype))
+
+
+def test_rms_norm_of_what_is_not_contiguous() -> None:
+    x, weight = draw(4, 6, 5, seed=1).transpose(0, 1), 1 + draw(5, seed=2)
+    close(norm.rms_norm(x, weight, 1e-5), norm.rms_norm(x.contiguous(), weight, 1e-5))
+
+
+def test_rows_that_are_too_long_and_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = draw(3, 33, seed=1), draw(33, seed=2)
+    wanted = norm.rms_norm(x, weight, 1e-5)
+    monkeypatch.setattr(fused, "LONGEST", 32)
+    monkeypatch.delattr(fused, "_norm")
+    close(norm.rms_norm(x, weight, 1e-5), wanted)
+    assert norm.rms_norm(x[:0], weight, 1e-5).shape == (0, 33)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1,), (4096,), (3, 5, 333)])
+def test_silu_gate(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    both(gate.silu_gate, lambda g, u: F.silu(g) * u, *(3 * draw(*shape, seed=s, dtype=dtype) for s in (1, 2)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "width"), [((4, 2), 16), ((3, 3), 24), ((9, 1), 2)])
+@pytest.mark.parametrize("shared", [True, False])
+def test_rotate(heads: tuple[int, int], width: int, shared: bool, dtype: torch.dtype) -> None:
+    """Angles are one row's for all, or each row's own; queries and keys lie as a model's projections leave them."""
+    angles = draw(1 if shared else 2, 5, width // 2, seed=3).repeat(1, 1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    inputs = [draw(2, 5, n, width, seed=n, dtype=dtype).transpose(1, 2) for n in heads]
+    for place in (0, 1):
+        both(
+            lambda q, k, i=place: rotation.rotate(q, k, cos, sin)[i] + 0 * (q.sum() + k.sum()),
+            lambda q, k, i=place: apply_rotary_pos_emb(q, k, cos.double(), sin.double())[i] + 0 * (q.sum() + k.sum()),
+            *inputs,
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
+@pytest.mark.parametrize("head", [{}, {"scale": 0.25}, {"cap": 3.0}, {"scale": 2.5, "cap": 2.0}])
+@pytest.mark.parametrize("vocabulary", [23, 5000])
+def test_cross_entropy(vocabulary: int, head: dict[str, Any], z_loss: float, dtype: torch.dtype) -> None:
+    products = draw(6, vocabulary, seed=1, dtype=dtype)
+    products[0, 7], products[1, 3] = 20.0, -20.0
+    targets = torch.tensor([7, 3, 0, vocabulary - 1, 5, 11], device=DEVICE)
+    exact = products.double().requires_grad_()
+    logits = exact * head.get("scale", 1.0)
+    if "cap" in head:
+        logits = head["cap"] * torch.tanh(logits / head["cap"])
+    wanted = F.cross_entropy(logits, targets, reduction="none") + z_loss * logits.logsumexp(1).square()
+    losses, right = fused.cross_entropy_(products, targets, z_loss=z_loss, **head)
+    torch.testing.assert_close(losses.double(), wanted.detach(), rtol=1e-5, atol=1e-5)
+    assert right.tolist() == (logits.argmax(1) == targets).tolist()
+    close(products, torch.autograd.grad(wanted.sum(), exact)[0])
+
+
+@pytest.mark.parametrize("n", [1, 16, 17, 50])
+def test_a_head_in_chunks(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    for name in ("CHUNK", "GPU_CHUNK"):
+        monkeypatch.setattr(cross_entropy, name, 16 * 23)
+    weight, targets = draw(23, 8, seed=1), torch.arange(n, device=DEVICE) % 23
+    both(
+        lambda hidden: linear_cross_entropy(hidden, targets, Head(weight))[0],
+        lambda hidden: F.cross_entropy(hidden @ weight.T.double(), targets, reduction="none"),
+        draw(n, 8, seed=2),
+    )
+
+
+def adapted(fast_path: bool) -> Any:
+    model: Any = attach(tiny_model("llama", 64).to(DEVICE), lora_rank=4, fast=fast_path)
+    for layer in adapted_layers(model):
+        layer.B.data.copy_(torch.randn(layer.B.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    return model
+
+
+def test_a_model_uses_them_and_learns_the_same() -> None:
+    """Loss and gradients are transformers' own."""
+    ours, theirs = adapted(True), adapted(False)
+    own = {type(m).__name__ for m in ours.modules() if "forward" in vars(m)}
+    assert {"LlamaMLP", "LlamaAttention", "LlamaRMSNorm"} <= own
+    ids = torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    results = []
+    for model in (ours, theirs):
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        loss = training_loss(model, batch, ids, task="causal-lm") if model is ours else model(**batch, labels=ids).loss
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_what_computes_otherwise_stays() -> None:
+    model = tiny_model("llama", 64).to(DEVICE)
+    layer = model.model.layers[0]
+    layer.mlp.act_fn = torch.nn.GELU()
+    attach(model, lora_rank=4)
+    assert "forward" not in vars(layer.mlp)
+    assert "forward" in vars(model.model.layers[1].mlp)
