@@ -64,14 +64,16 @@ def shrunk(row: dict) -> str:
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in shown.items())])
 
 
-def speed_lines() -> list[dict]:
-    return lines(HERE / "results" / "speed.jsonl")
+def speed_lines(name: str = "speed") -> list[dict]:
+    return lines(HERE / "results" / f"{name}.jsonl")
 
 
 def speeds() -> str:
-    """The tables of both kinds of processor."""
-    others = speed_table(lines(HERE / "results" / "speed_avx2.jsonl"))
-    return f"\n{speed_table(speed_lines())}\n\n### Without bfloat16 instructions\n\n{others}\n"
+    """The tables of both kinds of processor, and of a GPU."""
+    parts = [speed_table(speed_lines())]
+    parts += ["### Without bfloat16 instructions", speed_table(speed_lines("speed_avx2"))]
+    parts += ["### On a GPU", speed_table(speed_lines("speed_gpu"))]
+    return "\n" + "\n\n".join(parts) + "\n"
 
 
 def renewed() -> dict[Path, str]:
@@ -80,7 +82,10 @@ def renewed() -> dict[Path, str]:
         PAGE: _before(PAGE) + figures(),
         SCALE: _before(SCALE) + f"\n{plan_table.figures()}",
         SPEED: _before(SPEED) + speeds(),
-        **{page: _between(page, f"\n{brief(speed_lines(), words)}\n\n") for page, words in READMES.items()},
+        **{
+            page: _between(page, f"\n{brief([*speed_lines(), *speed_lines('speed_gpu')], words)}\n\n")
+            for page, words in READMES.items()
+        },
     }
 
 

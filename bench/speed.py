@@ -2,9 +2,9 @@
 
 Every contender ("side") loads its model in a process of its own and then waits. The processes take turns, one optimizer
 step each, so that whatever else the machine does falls on all of them; a round is one turn of each. The first two
-rounds warm up and are kept apart. One JSON line a workload is appended to bench/results/speed.jsonl: each side's step
-times, rates, memory and start; how many times as fast the workload's first side is, round by round; and machine,
-versions and command. A side that can't run here says why, and the others go on.
+rounds warm up and are kept apart. One JSON line a workload is appended to bench/results/speed.jsonl, of a GPU to
+speed_gpu.jsonl: each side's step times, rates, memory and start; how many times as fast the workload's first side is,
+round by round; and machine, versions and command. A side that can't run here says why, and the others go on.
 
 Without --data the workloads that need no file run: `dense` (SmolLM2-135M, 4 rows of 256 random tokens, all of them
 labels), `types` (the same, trivet alone in float32 and in bfloat16), `lengths` (trivet alone, one row of 512, 1024 and
@@ -23,6 +23,7 @@ import gzip
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 import tempfile
@@ -35,7 +36,7 @@ from speed_turns import Child, take_turns
 from versions import processor, versions
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results" / "speed.jsonl"
+RESULTS = {"cpu": HERE / "results" / "speed.jsonl", "cuda": HERE / "results" / "speed_gpu.jsonl"}
 WARMUP = 2
 TRL = ("trivet", "trl", "trl-grouped", "trl-packed")
 
@@ -87,7 +88,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only print what is there, as Markdown")
     arguments = parser.parse_args()
     keep = arguments.out is not None or not arguments.tiny
-    arguments.out = arguments.out or RESULTS
+    arguments.out = arguments.out or RESULTS[arguments.device]
     if arguments.table:
         if not arguments.out.exists():
             parser.error(f"{arguments.out} is not there yet: nothing was measured")
@@ -203,7 +204,7 @@ def machine_name(device: str) -> str:
 
 def command(words: list[str]) -> str:
     """As it was typed, but for folders, of which only the names matter."""
-    return shlex.join(["python", "bench/speed.py", *(Path(w).name if "/" in w else w for w in words[1:])])
+    return shlex.join(["python", "bench/speed.py", *(re.sub(r"[^=]*/", "", word) for word in words[1:])])
 
 
 if __name__ == "__main__":

@@ -145,6 +145,7 @@ SHOWN = {
     "gsm8k": "SmolLM2-135M, 8 rows of GSM8K",
     "trec": "MiniLM-L6, 16 rows of TREC",
     "seq2seq": "BART-base's size, 8 x (128 + 64) tokens",
+    "dense, cuda": "Llama of 1B parameters, 8 x 1,024 tokens, on a GPU",
 }
 NAMES = {
     "peft-bf16": "PEFT, bfloat16",
@@ -154,6 +155,9 @@ NAMES = {
     "trl": "TRL's SFTTrainer",
     "trl-grouped": "TRL, rows grouped by length, best settings",
     "trl-packed": "TRL, rows packed, best settings",
+    "trl-best": "TRL without checkpointing, all in bfloat16",
+    "trl-liger": "TRL likewise, with Liger's kernels",
+    "unsloth": "Unsloth",
     "floor": "the matrix products alone",
 }
 
@@ -169,6 +173,7 @@ CHINESE = {
     "SmolLM2-135M, 8 rows of GSM8K": "SmolLM2-135M，8 条 GSM8K 样本",
     "MiniLM-L6, 16 rows of TREC": "MiniLM-L6，16 条 TREC 样本",
     "BART-base's size, 8 x (128 + 64) tokens": "BART-base 规模的模型，8 x (128 + 64) 个 token",
+    "Llama of 1B parameters, 8 x 1,024 tokens, on a GPU": "1B 参数的 Llama，8 x 1,024 个 token，在 GPU 上",
     "PEFT, bfloat16": "PEFT，bfloat16",
     "PEFT, float32": "PEFT，float32",
     "PEFT at its best settings": "PEFT，最佳设置",
@@ -176,6 +181,9 @@ CHINESE = {
     "TRL's SFTTrainer": "TRL 的 SFTTrainer",
     "TRL, rows grouped by length, best settings": "TRL，样本按长度分组，最佳设置",
     "TRL, rows packed, best settings": "TRL，样本打包（packing），最佳设置",
+    "TRL without checkpointing, all in bfloat16": "TRL，不用 checkpointing，全部 bfloat16",
+    "TRL likewise, with Liger's kernels": "TRL，同上，加 Liger 的算子",
+    "Unsloth": "Unsloth",
     "the matrix products alone": "仅矩阵乘法",
     "{}, {} threads": "{}，{} 个线程",
     "Medians [quartiles] of paired steps on {}.": "成对训练步之比的中位数 [四分位数]，测于 {}。",
@@ -191,7 +199,7 @@ def brief(lines: list[dict[str, Any]], words: Mapping[str, str] | None = None) -
     def said(phrase: str) -> str:
         return phrase if words is None else words[phrase]
 
-    newest = {line["workload"]: line for line in lines}
+    newest = {line["workload"] if line["device"] == "cpu" else f"{line['workload']}, cuda": line for line in lines}
     out = [said("| one step of | against | times as fast, tokens/s | memory, of theirs |"), "| --- | --- | --- | --- |"]
     for workload, title in SHOWN.items():
         sides = newest[workload]["sides"] if workload in newest else {}

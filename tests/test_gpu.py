@@ -1,18 +1,24 @@
-"""On a CUDA device the fast path gives the losses and gradients of PEFT's and transformers' own code."""
+"""On a CUDA device: losses and gradients are those of PEFT's and transformers' own code, and runs learn."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
-from conftest import losses_of, tiny_model
+from conftest import colour_rows, losses_of, tiny_model
 from trivet.adapter.attach import attach
 from trivet.adapter.layers import adapted_layers
 from trivet.adapter.plan import optimizer
+from trivet.configio import load
 from trivet.data.encode import IGNORE
 from trivet.loss import training_loss
+from trivet.run import train
+
+DEVICE = "cuda"
 
 pytestmark = [
     pytest.mark.gpu,
@@ -60,3 +66,33 @@ def test_steps_cut_the_loss() -> None:
     model: Any = attach(tiny_model("llama", 64).to("cuda", torch.bfloat16), lora_rank=4, method="lora").train()
     losses = losses_of(model, optimizer(model, learning_rate=1e-2), *batch_of(64), 30)
     assert losses[-1] < losses[0] - 0.3
+
+
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "classification": [{"text": f"the {word} is here", "label": word} for word in ("sky", "house") * 12],
+    "regression": [
+        {"text": f"the {word} is here", "label": 0.5 + 3.2 * (word == "sky")} for word in ("sky", "house") * 12
+    ],
+    "writing": colour_rows(24),
+}
+
+
+@pytest.mark.parametrize("method", ["trivet", "auto"])
+@pytest.mark.parametrize(
+    ("kind", "rows"),
+    [
+        ("bert", "classification"),
+        ("bert", "regression"),
+        ("llama", "writing"),
+        ("gpt2", "writing"),
+        ("bart", "writing"),
+    ],
+)
+def test_a_run_learns(kind: str, rows: str, method: str, tmp_path: Path, tiny: Any) -> None:
+    settings = {"training.max_steps": 20, "training.learning_rate": 1e-2, "training.batch_size": 8, "method": method}
+    settings |= {"evaluation.resamples": 10, "evaluation.max_new_tokens": 4, "output_dir": str(tmp_path / "run")}
+    config = load(values={"model.name": str(tiny(kind)), "model.device": DEVICE, **settings})
+    split = {"train": ROWS[rows][:16], "validation": ROWS[rows][16:], "test": ROWS[rows][16:]}
+    metrics = train(config, console=Console(quiet=True), **split).result["metrics"]
+    name = "mse" if rows == "regression" else "loss"
+    assert metrics["tuned"][name] < metrics["base"][name]

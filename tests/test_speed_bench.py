@@ -96,8 +96,9 @@ def test_table_shows_the_newest_line_and_says_what_failed() -> None:
 
 
 def test_command_holds_no_folders() -> None:
-    words = ["/somewhere/speed.py", "--data", "/home/me/rows", "--rounds", "9"]
-    assert speed.command(words) == "python bench/speed.py --data rows --rounds 9"
+    words = ["/somewhere/speed.py", "--data", "/home/me/rows", "--rounds", "9", "--python", "unsloth=other/bin/python"]
+    wanted = "python bench/speed.py --data rows --rounds 9 --python unsloth=python"
+    assert speed.command(words) == wanted
 
 
 def test_steps_come_from_all_over_the_epoch() -> None:

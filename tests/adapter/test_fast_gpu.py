@@ -78,9 +78,9 @@ def test_factors_that_were_changed_meanwhile_are_cast_anew() -> None:
     for layer in layers(made):
         layer.lora_B["default"].weight.data.zero_()  # leaves no trace in the parameter's version
     after = loss(made).detach()
-    assert not torch.equal(before, after)
-    with made.disable_adapter():
-        assert torch.equal(loss(made).detach(), after)
+    assert abs(float(before - after)) > 0.01
+    with made.disable_adapter():  # PEFT's code, and so perhaps another kernel for the same product
+        torch.testing.assert_close(loss(made).detach(), after, rtol=2e-3, atol=0)
 
 
 def test_no_copy_stays_behind() -> None:

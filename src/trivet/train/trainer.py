@@ -154,7 +154,7 @@ class Trainer(CheckpointTrainer):
         tokens = sum(tokens_in(batch) for batch in filled)
         if self.task == "seq2seq":
             tokens = tokens + items
-        counts = processes.total(torch.stack([torch.as_tensor(items), torch.as_tensor(tokens)]).to(device))
+        counts = processes.total(torch.stack([torch.as_tensor(count, device=device) for count in (items, tokens)]))
         self.step_supervised, self.step_tokens = (int(c) for c in counts)
         return batches, counts[0]
 
