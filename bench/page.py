@@ -11,6 +11,7 @@ import auto
 import cuts
 import pareto
 import plan_table
+import processors_table
 import quality
 from quality_table import lines, read, table
 from quality_tasks import CANDIDATES, SEEDS, TASKS
@@ -37,6 +38,8 @@ def figures() -> str:
     parts += ["", "### A quarter of the parameters against r = 16", "", pareto.against_r16(rows)]
     parts += ["", "### `auto` against a sweep of plain ranks", "", pareto.against_sweep(rows)]
     parts += ["", "### A learning rate at other ranks", "", across_ranks(rows)]
+    again = processors_table.on_both(rows, read(processors_table.RESULTS))
+    parts += ["", "### The same runs on a CPU and on a GPU", "", again]
     if auto.RESULTS.exists():
         parts += ["", "### What `auto` keeps (TREC, MiniLM-L6, a figure a seed)", "", auto.table(lines(auto.RESULTS))]
     if cuts.RESULTS.exists():

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 import cuts
 import page
 import pareto
+import processors_table
 import quality
 import quality_adalora
 import quality_table
@@ -219,6 +220,19 @@ def rows_of(task: Task, candidate: Candidate, validation: dict[float, float], te
         }  # fmt: skip
         made[quality_table.key(task, candidate, seed, rate, 2.0)] = row
     return made
+
+
+def test_runs_on_two_processors_are_paired() -> None:
+    task = TASKS["e2e"]
+    low, middle, high = task.rates
+    cpu = rows_of(task, LORA, {low: 0.5, middle: 0.3, high: 0.4}, {0: 0.30})
+    gpu = rows_of(task, LORA, {low: 0.52, middle: 0.29}, {0: 0.31})
+    lines = processors_table.on_both(cpu, gpu).splitlines()
+    assert [line.split(" | ")[-3:] for line in lines[2:4]] == [
+        ["0.5000", "0.5200", "+0.0200 |"],
+        ["0.3000", "0.2900", "-0.0100 |"],
+    ]
+    assert lines[-1].endswith("the median difference is +0.0050.")
 
 
 def test_the_table_pairs_seeds_and_names_what_is_too_small(task: Task) -> None:
