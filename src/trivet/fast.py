@@ -158,19 +158,7 @@ def _gated(self: Any, x: torch.Tensor) -> torch.Tensor:
     """The forward pass of a gated feed-forward layer that was replaced."""
     if not (torch.is_grad_enabled() and x.requires_grad):
         return type(self).forward(self, x)
-    gate, up = self.gate_proj(x), self.up_proj(x)
-    inner = silu_gate(gate, up)
-    place, shape = inner.data_ptr(), (-1, inner.shape[-1])
-    kept = gate.detach(), up.detach()  # for the gradient of the gate anyway
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor | None:
-        return None if tensor.data_ptr() == place else tensor
-
-    def unpack(tensor: torch.Tensor | None) -> torch.Tensor:
-        return silu_gate(*kept).view(shape) if tensor is None else tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):  # the third of the layer's large tensors is not kept
-        return self.down_proj(inner)
+    return self.down_proj(silu_gate(self.gate_proj(x), self.up_proj(x)))
 
 
 #: What transformers' modules call to turn queries and keys, and how: (query, key, cos, sin).

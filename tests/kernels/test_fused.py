@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from conftest import tiny_model
 from trivet import fast
+from trivet.adapter import fast_gpu
 from trivet.adapter.attach import attach
 from trivet.adapter.layers import adapted_layers
 from trivet.kernels import cross_entropy, fused, gate, norm, rotation
@@ -31,6 +32,7 @@ def fusing(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":
         for module in (fused, fast):
             monkeypatch.setattr(module, "fuses", lambda x: x.numel() > 0)
+        monkeypatch.setattr(fast_gpu, "wanted", lambda x: True)
 
 
 def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -135,8 +137,8 @@ def test_a_head_in_chunks(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
     )
 
 
-def adapted(fast_path: bool) -> Any:
-    model: Any = attach(tiny_model("llama", 64).to(DEVICE), lora_rank=4, fast=fast_path)
+def adapted(fast_path: bool, **settings: Any) -> Any:
+    model: Any = attach(tiny_model("llama", 64).to(DEVICE), lora_rank=4, fast=fast_path, **settings)
     for layer in adapted_layers(model):
         layer.B.data.copy_(torch.randn(layer.B.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
     return model
@@ -156,6 +158,57 @@ def test_a_model_uses_them_and_learns_the_same() -> None:
         results.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_what_a_gated_layer_keeps() -> None:
+    """Of the three tensors as wide as its inner layer two: their product is made again, for its factors' gradients."""
+    model = adapted(True)
+    layer = model.base_model.model.model.layers[0].mlp
+    width = layer.down_proj.in_features
+    x = draw(3, layer.gate_proj.in_features, seed=4).requires_grad_()
+    kept: dict[int, tuple[int, ...]] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.data_ptr()] = tuple(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        y = layer(x)
+    assert sum(shape == (3, width) for shape in kept.values()) == 2
+    factors = [p for p in layer.parameters() if p.requires_grad]
+    found = torch.autograd.grad(y.sum(), [x, *factors])
+    wanted = torch.autograd.grad(type(layer).forward(layer, x).sum(), [x, *factors])
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradient_checkpointing(dropout: float) -> None:
+    ids = torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+    def gradients(checkpointing: bool) -> tuple[list[torch.Tensor], int]:
+        model = adapted(True, lora_dropout=dropout).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        kept: set[int] = set()
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.add(t.data_ptr()) or t, lambda t: t):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return [p.grad for p in model.parameters() if p.requires_grad], len(kept)
+
+    (plain, many), (again, few) = gradients(False), gradients(True)
+    assert few < many / 2
+    for one, other in zip(plain, again, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x = draw(2, 8, seed=1).requires_grad_()
+    for y in (norm.rms_norm(x, draw(8, seed=2), 1e-5), gate.silu_gate(x, x)):
+        first = torch.autograd.grad(y.square().sum(), x, create_graph=True)[0]
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            first.sum().backward()
 
 
 def test_what_computes_otherwise_stays() -> None:

@@ -8,6 +8,7 @@ torch where that is built for CUDA.
 from __future__ import annotations
 
 import functools
+import logging
 from importlib.util import find_spec
 from typing import Any
 
@@ -24,18 +25,29 @@ else:  # the kernels below are never called
         return function
 
 
+log = logging.getLogger("trivet")
+
 #: The longest row that a program holds at once, and how much of a longer one it reads at a time.
 LONGEST, _BLOCK = 16384, 4096
-
-
-@functools.cache
-def _there() -> bool:
-    return find_spec("triton") is not None
+_TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def fuses(x: torch.Tensor) -> bool:
     """Whether these kernels take x."""
-    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16, torch.float32) and x.numel() > 0 and _there()
+    return x.is_cuda and x.dtype in _TYPES and x.numel() > 0 and _work(x.device, x.dtype)
+
+
+@functools.cache
+def _work(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton is there, has what it needs, and knows the GPU: one of the kernels is started."""
+    if find_spec("triton") is None:
+        return False
+    try:
+        one = torch.ones(1, device=device, dtype=dtype)
+        return bool(silu_gate(one, one) > 0)
+    except Exception as error:  # noqa: BLE001 - of compilers, drivers and Triton, which have no common class
+        log.warning("Triton's kernels can't be used on %s, so that steps take longer: %s", device, error)
+        return False
 
 
 def _warps(length: int) -> int:
@@ -49,7 +61,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.T
     """weight · x / √(mean(x²) + eps) of contiguous rows x (n, width), and 1 / √(…) of each, (n,) in float32."""
     y, inverse = torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
     block = triton.next_power_of_2(x.shape[1])
-    _norm[(len(x),)](x, weight, y, inverse, x.shape[1], eps, block, num_warps=_warps(block))
+    with torch.cuda.device_of(x):  # Triton would take the current one
+        _norm[(len(x),)](x, weight, y, inverse, x.shape[1], eps, block, num_warps=_warps(block))
     return y, inverse
 
 
@@ -57,7 +70,8 @@ def rms_norm_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor,
     """The gradient in x, from that in the result; (n, width), contiguous."""
     out = torch.empty_like(x)
     block = triton.next_power_of_2(x.shape[1])
-    _norm_backward[(len(x),)](grad, x, weight, inverse, out, x.shape[1], block, num_warps=_warps(block))
+    with torch.cuda.device_of(x):
+        _norm_backward[(len(x),)](grad, x, weight, inverse, out, x.shape[1], block, num_warps=_warps(block))
     return out
 
 
@@ -93,7 +107,8 @@ def silu_gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """gate · sigmoid(gate) · up of two contiguous tensors of one shape."""
     out = torch.empty_like(gate)
     count = gate.numel()
-    _gate[(triton.cdiv(count, _BLOCK),)](gate, up, out, count, _BLOCK, num_warps=8)
+    with torch.cuda.device_of(gate):
+        _gate[(triton.cdiv(count, _BLOCK),)](gate, up, out, count, _BLOCK, num_warps=8)
     return out
 
 
@@ -101,7 +116,8 @@ def silu_gate_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor)
     """The gradients in gate and up, from that in the result; all contiguous."""
     in_gate, in_up = torch.empty_like(gate), torch.empty_like(up)
     count = gate.numel()
-    _gate_backward[(triton.cdiv(count, _BLOCK),)](grad, gate, up, in_gate, in_up, count, _BLOCK, num_warps=8)
+    with torch.cuda.device_of(gate):
+        _gate_backward[(triton.cdiv(count, _BLOCK),)](grad, gate, up, in_gate, in_up, count, _BLOCK, num_warps=8)
     return in_gate, in_up
 
 
@@ -143,10 +159,9 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, back: bool 
     out = x.new_empty(batch, length, heads, width)
     together, half = triton.next_power_of_2(heads), triton.next_power_of_2(width // 2)
     each = 0 if len(cos) == 1 else length * width
-    _rotate[(batch * length,)](
-        x, cos, sin, out, *x.stride()[:3], each, heads, length, width // 2, back, together, half,
-        num_warps=_warps(together * half),
-    )  # fmt: skip
+    sizes = *x.stride()[:3], each, heads, length, width // 2
+    with torch.cuda.device_of(x):
+        _rotate[(batch * length,)](x, cos, sin, out, *sizes, back, together, half, num_warps=_warps(together * half))
     return out.transpose(1, 2)
 
 
@@ -196,9 +211,9 @@ def cross_entropy_(
     n, vocabulary = products.shape
     losses = products.new_empty(n, dtype=torch.float32)
     right = products.new_empty(n, dtype=torch.bool)
-    _entropy[(n,)](
-        products, targets, losses, right, vocabulary, scale, cap or 1.0, z_loss, cap is not None, _BLOCK, num_warps=8
-    )
+    settings = vocabulary, scale, cap or 1.0, z_loss, cap is not None, _BLOCK
+    with torch.cuda.device_of(products):
+        _entropy[(n,)](products, targets, losses, right, *settings, num_warps=8)
     return losses, right
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from trivet.kernels import fused
 
@@ -28,6 +29,7 @@ class _Rotation(torch.autograd.Function):
         return fused.rotate(_rows(query), cos, sin), fused.rotate(_rows(key), cos, sin)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         cos, sin = ctx.saved_tensors
         return *(fused.rotate(_rows(grad), cos, sin, back=True) for grad in grads), None, None
