@@ -182,6 +182,7 @@ CANDIDATES: dict[str, Candidate] = {
         _budgeted("squeeze", 4, "squeeze_late", begin=0.5, end=0.9),
         _budgeted("squeeze", 4, "squeeze_plainstep", rank_aware_step=False),
         Candidate("auto", "auto", 8, wide=True),
+        Candidate("auto_r64", {"rank": {"name": "auto", "start_rank": 64}}, 8, 1 / 2),
         *(_budgeted("adalora", rank) for rank in (4, 2)),
         *(Candidate(f"peft_adalora-r{rank}", None, rank, 3.0, (2.0, 8.0)) for rank in (4, 2)),
         *(Candidate(f"decompose-{name}", {"decompose": name}, 4, factor) for name, factor in _DECOMPOSE.items()),
