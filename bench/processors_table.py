@@ -26,5 +26,7 @@ def on_both(rows: Rows, again: Rows) -> str:
         lines.append(
             f"| {TASKS[task].title} | {method} | {seed} | {rate:g} | {cpu:.4f} | {gpu:.4f} | {gpu - cpu:+.4f} |"
         )
+    if not shifts:
+        return "No run was made on both."
     note = f"Validation loss in nats; the median difference is {statistics.median(shifts):+.4f}."
     return "\n".join([*lines, "", note])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is not installed (it comes with torch for CUDA)")
 
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, apply_rotary_pos_emb
 
 from conftest import tiny_model
 from trivet import fast
@@ -211,10 +211,88 @@ def test_a_second_derivative_is_refused() -> None:
             first.sum().backward()
 
 
-def test_what_computes_otherwise_stays() -> None:
-    model = tiny_model("llama", 64).to(DEVICE)
-    layer = model.model.layers[0]
-    layer.mlp.act_fn = torch.nn.GELU()
+class Clamped(LlamaMLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x).clamp(max=10.0))
+
+
+class Dropped(LlamaMLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(super().forward(x), 0.1, self.training)
+
+
+class Several(LlamaMLP):
+    """As experts have it: no function of one tensor."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        batch, length, _ = x.shape
+        return super().forward(x), batch * length
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("other", [torch.nn.GELU(), Clamped, Dropped, Several])
+def test_what_computes_otherwise_stays(other: Any, dtype: torch.dtype) -> None:
+    model = tiny_model("llama", 64).to(DEVICE, dtype)
+    mlp = model.model.layers[0].mlp
+    if isinstance(other, torch.nn.Module):
+        mlp.act_fn = other
+    else:
+        mlp.__class__ = other
     attach(model, lora_rank=4)
-    assert "forward" not in vars(layer.mlp)
+    assert "forward" not in vars(mlp)
     assert "forward" in vars(model.model.layers[1].mlp)
+
+
+def test_a_rotation_of_another_kind_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gpt-oss's takes angles of half a head."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import apply_rotary_pos_emb as halves
+
+    model = tiny_model("llama", 64).to(DEVICE)
+    monkeypatch.setitem(LlamaAttention.forward.__globals__, "apply_rotary_pos_emb", halves)
+    attach(model, lora_rank=4)
+    assert "forward" not in vars(model.model.layers[0].self_attn)
+
+
+def test_outputs_may_be_changed_in_place() -> None:
+    angles = draw(1, 5, 4, seed=3).repeat(1, 1, 2)
+    q, k = (draw(2, 5, 2, 8, seed=s).transpose(1, 2).requires_grad_() for s in (1, 2))
+    x = draw(3, 8, seed=4).requires_grad_()
+    for make, given in (
+        (lambda x: norm.rms_norm(x, draw(8, seed=5), 1e-5), (x,)),
+        (lambda q, k: rotation.rotate(q, k, angles.cos(), angles.sin())[1], (q, k)),
+        (gate.silu_gate, (x, x)),
+    ):
+        weights = draw(*make(*given).shape, seed=6)
+        plain = torch.autograd.grad(make(*given) * 2 + 1, given[-1], weights)[0]
+        assert torch.equal(torch.autograd.grad(make(*given).mul_(2).add_(1), given[-1], weights)[0], plain)
+
+
+def test_a_product_that_was_changed_is_kept() -> None:
+    layer = adapted(True).base_model.model.model.layers[0].mlp.down_proj
+    g, u = (draw(3, layer.in_features, seed=s).requires_grad_() for s in (1, 2))
+    factor = layer.lora_A["default"].weight
+    found = torch.autograd.grad(layer(gate.silu_gate(g, u).mul_(3)).sum(), factor)[0]
+    torch.testing.assert_close(found, torch.autograd.grad(layer(F.silu(g) * u * 3).sum(), factor)[0])
+
+
+def test_a_target_that_is_no_token_gives_no_number() -> None:
+    losses, _ = fused.cross_entropy_(draw(3, 23, seed=1), torch.tensor([5, -100, 23], device=DEVICE))
+    assert losses.isnan().tolist() == [False, True, True]
+
+
+def test_targets_that_do_not_lie_together() -> None:
+    weight, hidden = draw(23, 8, seed=1), draw(6, 8, seed=2).requires_grad_()
+    targets = torch.arange(12, device=DEVICE)
+    wanted = F.cross_entropy(hidden @ weight.T, targets[::2], reduction="none")
+    torch.testing.assert_close(linear_cross_entropy(hidden, targets[::2], Head(weight))[0], wanted)
+
+
+def test_what_the_kernels_do_not_take_is_computed_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that was moved, or is in float64, after it was sped up."""
+    model = adapted(True)
+    for module in (fused, fast):
+        monkeypatch.setattr(module, "fuses", lambda x: False)
+    for name in ("silu_gate", "rotate"):
+        monkeypatch.setattr(fast, name, None)
+    ids = torch.randint(1, 64, (2, 9)).to(DEVICE)
+    model(input_ids=ids, labels=ids).loss.backward()

@@ -40,6 +40,8 @@ class Halves:
         for layer in self.layers:
             parts = layer._modules  # a module's attributes are looked up slowly, and these are thousands in a model
             for name, factor in parts["lora_A"]._modules.items():
+                if name not in layer.active_adapters:
+                    continue
                 modules = parts["base_layer"], factor, parts["lora_B"]._modules[name]
                 base, a, b = (module._parameters.get("weight") for module in modules)
                 if any(w is None or type(w.data) is not torch.Tensor for w in (base, a, b)):
@@ -70,7 +72,9 @@ def adapted(x: torch.Tensor, *given: Any) -> torch.Tensor:
 
     An x that says what it is `made_of` is not kept but made again: one large tensor of three in a gated layer.
     """
-    return _AdaptedLinear.apply(x, *getattr(x, "made_of", (None, None)), *given)
+    made_of = getattr(x, "made_of", None)
+    parts = made_of[:2] if made_of is not None and made_of[2] == x._version else (None, None)
+    return _AdaptedLinear.apply(x, *parts, *given)
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -126,6 +130,7 @@ def _scaled(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
 
 def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """a b in `dtype`, which a GPU's product writes by itself."""
-    if a.is_cuda and a.dtype != dtype and "dtype" in torch.ops.aten.mm.overloads():
+    widens = a.element_size() == 2 and dtype == torch.float32
+    if a.is_cuda and widens and "dtype" in torch.ops.aten.mm.overloads():
         return torch.mm(a, b, out_dtype=dtype)
     return torch.mm(a, b).to(dtype)

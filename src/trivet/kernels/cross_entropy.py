@@ -74,7 +74,7 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Any, targets: Any, head: Head, z_loss: float) -> Any:
-        n = len(hidden)
+        n, targets = len(hidden), targets.contiguous()
         losses = torch.empty(n, dtype=torch.float32, device=hidden.device)
         right = torch.empty(n, dtype=torch.bool, device=hidden.device)
         wanted = ctx.needs_input_grad[0]

@@ -2,24 +2,24 @@
 
 What torch does in five to ten kernels, writing every intermediate result to memory and reading it again, is bound by
 memory there; these read their inputs once and write their results once. Arithmetic is in float32. Triton comes with
-torch where that is built for CUDA.
+torch for CUDA on Linux.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-if find_spec("triton") is not None:
+try:
     import triton
     import triton.language as tl
 
     jit = triton.jit
-else:  # the kernels below are never called
+except ImportError:  # the kernels below are never called
+    triton = None
 
     def jit(function: Any) -> Any:
         return function
@@ -39,12 +39,18 @@ def fuses(x: torch.Tensor) -> bool:
 
 @functools.cache
 def _work(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether Triton is there, has what it needs, and knows the GPU: one of the kernels is started."""
-    if find_spec("triton") is None:
+    """Whether Triton is there, has what it needs, and knows the GPU: each kernel is started once."""
+    if triton is None:
         return False
     try:
-        one = torch.ones(1, device=device, dtype=dtype)
-        return bool(silu_gate(one, one) > 0)
+        row, angles = (torch.ones(shape, device=device, dtype=dtype) for shape in ((1, 2), (1, 1, 2)))
+        silu_gate_backward(row, silu_gate(row, row), row)
+        rms_norm_backward(row, row, row[0], rms_norm(row, row[0], 1.0)[1])
+        rotate(row[None, None], angles, angles)
+        cross_entropy_(row, torch.zeros(1, device=device, dtype=torch.int64))
+        return bool(row.isfinite().all())
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # noqa: BLE001 - of compilers, drivers and Triton, which have no common class
         log.warning("Triton's kernels can't be used on %s, so that steps take longer: %s", device, error)
         return False
@@ -58,20 +64,21 @@ def _warps(length: int) -> int:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """weight · x / √(mean(x²) + eps) of contiguous rows x (n, width), and 1 / √(…) of each, (n,) in float32."""
-    y, inverse = torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
-    block = triton.next_power_of_2(x.shape[1])
+    """weight · x / √(mean(x²) + eps) over the last dimension of a contiguous x, and 1 / √(…) of each row in float32."""
+    width = x.shape[-1]
+    y, inverse = torch.empty_like(x), x.new_empty(x.numel() // width, dtype=torch.float32)
+    block = triton.next_power_of_2(width)
     with torch.cuda.device_of(x):  # Triton would take the current one
-        _norm[(len(x),)](x, weight, y, inverse, x.shape[1], eps, block, num_warps=_warps(block))
+        _norm[(len(inverse),)](x, weight, y, inverse, width, eps, block, num_warps=_warps(block))
     return y, inverse
 
 
 def rms_norm_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """The gradient in x, from that in the result; (n, width), contiguous."""
-    out = torch.empty_like(x)
-    block = triton.next_power_of_2(x.shape[1])
+    """The gradient in x, from that in the result; both contiguous."""
+    out, width = torch.empty_like(x), x.shape[-1]
+    block = triton.next_power_of_2(width)
     with torch.cuda.device_of(x):
-        _norm_backward[(len(x),)](grad, x, weight, inverse, out, x.shape[1], block, num_warps=_warps(block))
+        _norm_backward[(len(inverse),)](grad, x, weight, inverse, out, width, block, num_warps=_warps(block))
     return out
 
 
@@ -156,13 +163,14 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, back: bool 
         x's shape, laid out as (batch, length, heads, width).
     """
     batch, heads, length, width = x.shape
-    out = x.new_empty(batch, length, heads, width)
+    strides = length * heads * width, width, heads * width, 1
+    out = torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)  # no view: it may be changed in place
     together, half = triton.next_power_of_2(heads), triton.next_power_of_2(width // 2)
     each = 0 if len(cos) == 1 else length * width
     sizes = *x.stride()[:3], each, heads, length, width // 2
     with torch.cuda.device_of(x):
         _rotate[(batch * length,)](x, cos, sin, out, *sizes, back, together, half, num_warps=_warps(together * half))
-    return out.transpose(1, 2)
+    return out
 
 
 @jit
@@ -206,7 +214,7 @@ def cross_entropy_(
         scale, cap, z_loss: as in `trivet.kernels.cross_entropy`.
 
     Returns:
-        losses (n,) float32, and whether no token is likelier than the target, (n,) bool.
+        losses (n,) float32, NaN where a target is no token; and whether none is likelier than the target, (n,) bool.
     """
     n, vocabulary = products.shape
     losses = products.new_empty(n, dtype=torch.float32)
@@ -242,7 +250,8 @@ def _entropy(
     summed = tl.sum(total * tl.exp(largest - most))
     log_z = most + tl.log(summed)
     chosen = tl.sum(found)  # read with the others: a load of its own could meet what the loop below has stored
-    tl.store(losses + row, log_z - chosen + z_loss * log_z * log_z)
+    known = (target >= 0) & (target < vocabulary)
+    tl.store(losses + row, tl.where(known, log_z - chosen + z_loss * log_z * log_z, float("nan")))
     tl.store(right + row, chosen >= most)
     for first in range(0, vocabulary, BLOCK):
         column = first + tl.arange(0, BLOCK)

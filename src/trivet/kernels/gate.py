@@ -13,11 +13,12 @@ from trivet.kernels import fused
 def silu_gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """SiLU(gate) · up, computed in float32. Both of one shape, on a GPU; they alone are kept for the backward pass.
 
-    The result says in `made_of` what it is made of, so that who would keep it can keep these, which are kept anyway.
+    The result says in `made_of` what it is made of, so that who would keep it can keep these, which are kept anyway;
+    and its version then, as it may be changed in place.
     """
     gate, up = gate.contiguous(), up.contiguous()
     out = _SiLUGate.apply(gate, up)
-    out.made_of = gate.detach(), up.detach()
+    out.made_of = gate.detach(), up.detach(), out._version
     return out
 
 

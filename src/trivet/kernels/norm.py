@@ -24,17 +24,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 class _FusedRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Any, weight: Any, eps: float) -> torch.Tensor:
-        rows = x.contiguous().view(-1, x.shape[-1])
-        y, inverse = fused.rms_norm(rows, weight, eps)
-        ctx.save_for_backward(rows, weight, inverse)
-        return y.view_as(x)
+        x = x.contiguous()
+        y, inverse = fused.rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Any) -> Any:
-        rows, weight, inverse = ctx.saved_tensors
-        dx = fused.rms_norm_backward(grad.contiguous().view_as(rows), rows, weight, inverse)
-        return dx.view_as(grad), None, None
+        return fused.rms_norm_backward(grad.contiguous(), *ctx.saved_tensors), None, None
 
 
 class _RMSNorm(torch.autograd.Function):
