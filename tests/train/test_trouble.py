@@ -323,6 +323,7 @@ run.train(load(sys.argv[1]), console=Console(quiet=True))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space by RLIMIT_AS")
 def test_a_run_that_memory_has_no_room_for_goes_on_in_halves_with_equal_losses(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "gpt2")
