@@ -70,6 +70,11 @@ def main() -> None:
     if arguments.data is None:
         parser.error("--data is needed: the folder of the task files")
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # read when torch is imported
+    if arguments.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: torch sees no such device on this machine")
     deadline = time.monotonic() + 3600 * arguments.hours
     failures = 0
     for task in tasks:
