@@ -136,7 +136,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit(f"--sides: {name} has {', '.join(work.sides)}")
     spec = vars(work) | {"device": arguments.device, "rounds": arguments.rounds, "base": arguments.base}
     spec |= {"warmup": min(WARMUP, arguments.rounds - 1), "size": arguments.size}
-    if cuda and name == "dense":
+    if work is CUDA:
         spec["size"] = spec["size"] or "1b"
     if work.kind == "labels" and spec["base"] == "demo":
         spec["base"] = "demo-encoder"
@@ -158,7 +158,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
             for side in sides
         }
         done = take_turns(children, arguments.rounds, spec["warmup"], together=cuda)  # it has cores to spare
-    machine, peak = machine_name(arguments.device), arguments.peak_tflops
+    machine, peak = processor(arguments.device), arguments.peak_tflops
     flops = peak * 1e12 if peak else peak_flops(machine)
     if cuda and flops:
         for side in done.values():
@@ -191,15 +191,6 @@ def first_rows(source: Path, target: Path, count: int) -> Path:
     with (gzip.open if source.suffix == ".gz" else open)(source, "rt", encoding="utf-8") as file:
         target.write_text("".join(line for line, _ in zip(file, range(count), strict=False)), encoding="utf-8")
     return target
-
-
-def machine_name(device: str) -> str:
-    """What the processor that computes is called."""
-    if device == "cpu":
-        return processor()
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
 
 
 def command(words: list[str]) -> str:

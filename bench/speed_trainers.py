@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from speed_child import Turns, lora, lora_config
+from speed_models import causal_model, numbers, random_ids
 from transformers import TrainerCallback
 
 QUIET = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
@@ -80,8 +81,6 @@ def contents(batch: dict[str, Any]) -> dict[str, int]:
 
 def drive(turns: Turns, trainer: Any, spec: dict[str, Any]) -> None:
     """Let a Trainer train, a step whenever it is its turn."""
-    from speed_sides import numbers
-
     turns.facts |= numbers(trainer.model)
     gate = Gate(turns)
     sampler, step = trainer._get_train_sampler, trainer.training_step
@@ -194,7 +193,6 @@ def trl_material(turns: Turns, spec: dict[str, Any], dtype: str) -> tuple[Any, A
         turns.loaded(base.model)
         rows = [{key: row[key] for key in ("prompt", "completion")} for row in read(spec["rows_file"])]
         return base.model, base.tokenizer, rows
-    from speed_sides import causal_model, random_ids
     from transformers import AutoTokenizer
 
     model = causal_model(spec, dtype)

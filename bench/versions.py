@@ -29,7 +29,7 @@ def processor(device: str = "cpu") -> str:
     from trivet.kernels.product import multiplies
 
     if device == "cuda":
-        return torch.cuda.get_device_name()
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -13,9 +13,8 @@ from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests need no model hub, and must not wait for one
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if (
-    shutil.which("nvidia-smi") is None
-):  # Triton, where it is installed, interprets its kernels; read when it is imported
+# Without a GPU Triton, where it is installed, interprets its kernels; read when it is imported.
+if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile("repeatable", derandomize=True)  # the same examples every time; fuzz.py draws others

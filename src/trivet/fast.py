@@ -186,11 +186,11 @@ def _rotating(module: nn.Module) -> Callable[..., Any] | None:
     if not known or not isinstance(width, int) or width % 2 or weight is None or not fuses(weight):
         return None
     own = names[_ROTATION]
+    if tuple(inspect.signature(own).parameters)[:4] != ("q", "k", "cos", "sin"):
+        return None
     query, key = (_drawn(weight, 2, 3, heads, width).transpose(1, 2) for heads in (4, 2))
     angles = _drawn(weight, 1, 3, width // 2).repeat(1, 1, 2)
     given = query, key, angles.cos(), angles.sin()
-    if tuple(inspect.signature(own).parameters)[:4] != ("q", "k", "cos", "sin"):
-        return None
     try:
         theirs = own(*given)
     except Exception:  # noqa: BLE001 - whatever else it is for: gpt-oss has angles of half a head

@@ -48,19 +48,15 @@ class FastLinear(lora.Linear):  # type: ignore[misc]
         if len(on) != 1 or on[0] in self.lora_variant or type(base) not in (nn.Linear, Conv1D):
             return None
         weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
-        if (
-            weight is None
-            or weight.requires_grad
-            or x.dtype != weight.dtype
-            or (bias is not None and bias.requires_grad)
-        ):
+        if weight is None or x.dtype != weight.dtype:
             return None
+        frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
         biased = getattr(parts["lora_B"]._modules[on[0]], "bias", None) is not None
         hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or _replaced(base)
         device = x.device.type
         able = torch.amp.is_autocast_available(device)  # not on the meta device
         cast = able and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != x.dtype
-        return None if biased or hooked or cast else on[0]
+        return None if not frozen or biased or hooked or cast else on[0]
 
 
 def _replaced(base: nn.Module) -> bool:

@@ -31,7 +31,7 @@ class Halves:
 
     def __init__(self, layers: Sequence[Any]) -> None:
         """`layers` get the copies: `halves`, by adapter (A, B), None without a forward pass of the whole model."""
-        self.layers = list(layers)
+        self.layers, self.given = list(layers), list[Any]()
 
     def begin(self, *_: Any) -> None:
         if not self.layers or not wanted(self.layers[0].get_base_layer().weight):
@@ -56,10 +56,11 @@ class Halves:
             torch._foreach_copy_(halves, masters)
             for place, half_a, half_b in zip(found, halves[::2], halves[1::2], strict=True):
                 vars(place[0]).setdefault("halves", {})[place[1]] = half_a, half_b
+                self.given.append(place[0])
 
     def end(self, *_: Any) -> None:
-        for layer in self.layers:
-            vars(layer).pop("halves", None)
+        while self.given:
+            vars(self.given.pop()).pop("halves", None)
 
     def follow(self, model: nn.Module) -> None:
         """Be there in every forward pass of `model`, also one that fails."""
