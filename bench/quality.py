@@ -42,7 +42,7 @@ from versions import processor, versions
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quality.jsonl"
 #: Metrics that are kept of each split.
-KEPT = ("loss", "accuracy", "macro_f1", "matthews", "token_accuracy")
+KEPT = ("loss", "accuracy", "macro_f1", "matthews", "pearson", "spearman", "token_accuracy")
 
 
 def main() -> None:
@@ -225,7 +225,9 @@ def figures(session: Any, rows: Any) -> dict[str, float]:
     from trivet.evaluate.measure import Settings
 
     side = session.evaluator(rows, Settings(generate=False)).measure(session.model)
-    return {metric.name: metric.score for group in side.groups for metric in group if metric.name in KEPT}
+    found = {metric.name: metric.score for group in side.groups for metric in group}
+    found.setdefault("loss", found.get("mse"))  # what regression trains on
+    return {name: found[name] for name in KEPT if name in found}
 
 
 def truncate(model: Any, rank: int) -> None:

@@ -130,6 +130,26 @@ def test_a_rate_that_diverges_is_a_row(loaded: Any) -> None:
     assert math.isfinite(quality.run(loaded, LORA, 0, 1e-3, 2.0)["validation"]["loss"])  # and harms nobody after it
 
 
+def test_a_regression_is_compared_by_its_squared_error(tiny: Any, place: Path) -> None:
+    rows = [{"text": f"line {i}", "text_pair": f"line {i % 5}", "label": i % 5 + 0.5} for i in range(60)]
+    write_jsonl(place / "pair_train.jsonl", rows)
+    write_jsonl(place / "pair_test.jsonl", rows[:20])
+    files = ("pair_train.jsonl", "pair_test.jsonl")
+    task = Task("pair", "Pair", str(tiny("bert")), "float32", *files, "train", 4, 4, 32, "pearson", (1e-2,))
+    row = quality.run(quality_tasks.load_task(task, place), LORA, 0, 1e-2, 2.0)
+    assert set(row["test"]) == {"loss", "pearson", "spearman"}
+    assert 0 < row["test"]["loss"] < 12  # the labels' mean square is 8.25
+
+
+def test_several_references_can_be_held_out(tiny: Any, place: Path) -> None:
+    held_out = [{"prompt": f"name : {i}", "references": [f"it is {i}", "who knows"]} for i in range(12)]
+    write_jsonl(place / "references.jsonl", held_out)
+    base, files = str(tiny("llama")), ("train.jsonl", "references.jsonl")
+    task = Task("w", "W", base, "float32", *files, "test", 2, 2, 64, "token_accuracy", (1e-2,), 10, 5)
+    row = quality.run(quality_tasks.load_task(task, place), LORA, 0, 1e-2, 2.0)
+    assert set(row["test"]) == {"loss", "token_accuracy"}
+
+
 def test_peft_adalora_is_run_as_peft_means_it(loaded: Any) -> None:
     quality.start_heads(loaded, 0)
     model = quality_adalora.attach_peft_adalora(loaded, ADALORA, 0, 2.0)
@@ -176,6 +196,15 @@ def test_shards_share_the_work() -> None:
     assert sorted(c.name for part in parts for c in part) == sorted(CANDIDATES)
     with pytest.raises(SystemExit, match="counts from 0"):
         quality.shard(everything, "2/2")
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_rows_of_every_task_are_there(task: Task, shared: Path) -> None:
+    parts = quality_tasks.splits(task, shared / "data")
+    train, validation, test = len(parts.train), len(parts.validation), len(parts.test)
+    assert train == min(task.train_rows or train, train) >= task.batch_size
+    assert validation >= 100
+    assert test >= 100
 
 
 def test_validation_and_test_share_no_prompt(place: Path) -> None:
