@@ -118,6 +118,7 @@ def trivet_trainer(turns: Turns, spec: dict[str, Any], folder: Path) -> Any:
     from trivet.configio import load
     from trivet.prepare import prepare
     from trivet.runfolder import RunFolder
+    from trivet.splits import load_splits
     from trivet.train.callback import RunLog
     from trivet.training import make_trainer
 
@@ -145,7 +146,7 @@ def trivet_trainer(turns: Turns, spec: dict[str, Any], folder: Path) -> Any:
         }
     )
     quiet = Console(quiet=True)
-    ready = prepare(config, quiet)
+    ready = prepare(config, load_splits(config), quiet)
     return make_trainer(ready, RunFolder(folder), RunLog(folder / "log.jsonl", quiet))
 
 

@@ -18,6 +18,7 @@ from trivet.data.encode import IGNORE
 from trivet.loss import token_losses, training_loss
 from trivet.prepare import prepare
 from trivet.runfolder import RunFolder
+from trivet.splits import load_splits
 from trivet.train.callback import RunLog
 from trivet.training import make_trainer
 
@@ -160,7 +161,7 @@ def step_of(folder: Path, rows: list[dict[str, Any]], size: int, accumulate: int
         }
     )
     console = Console(quiet=True)
-    ready = prepare(config, console, train=rows)
+    ready = prepare(config, load_splits(config, train=rows), console)
     draw = torch.Generator().manual_seed(3)
     for layer in adapted_layers(ready.session.model):  # B = 0 would leave A without a gradient
         layer.B.data.normal_(std=0.1, generator=draw)

@@ -31,13 +31,47 @@ def imported_by(code: str, cwd: Path) -> set[str]:
     return set(done.stdout.splitlines()[-1].split())
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["methods"], ["init", "new.yaml"], ["train", "--help"]])
-def test_light_verbs_import_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
-    code = (
-        f"import sys; sys.argv = ['trivet', *{arguments!r}]\nfrom trivet.cli import main\n"
-        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code"
+def imported_by_verb(arguments: str, cwd: Path, *, code: int = 0) -> set[str]:
+    """The top-level packages that `trivet ARGUMENTS` has imported when it ends with exit code `code`."""
+    return imported_by(
+        f"import sys; sys.argv = ['trivet', *{arguments.split()!r}]\nfrom trivet.cli import main\n"
+        f"try:\n    main()\nexcept SystemExit as end:\n    assert (end.code or 0) == {code}, end.code",
+        cwd,
     )
-    assert HEAVY & imported_by(code, tmp_path) == set()
+
+
+@pytest.mark.parametrize("arguments", ["--help", "methods", "init new.yaml", "train --help"])
+def test_light_verbs_import_nothing_heavy(arguments: str, tmp_path: Path) -> None:
+    assert HEAVY & imported_by_verb(arguments, tmp_path) == set()
+
+
+@pytest.mark.parametrize("arguments", ["train", "validate"])
+@pytest.mark.parametrize("data", ["bad.jsonl", "nowhere.jsonl", "good.jsonl data.validation=bad.jsonl"])
+def test_bad_data_is_refused_before_anything_heavy_is_imported(arguments: str, data: str, tmp_path: Path) -> None:
+    (tmp_path / "good.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a",\n')
+    loaded = imported_by_verb(f"{arguments} model.name=demo data.train={data}", tmp_path, code=1 + ("now" in data))
+    assert HEAVY & loaded == set()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "evaluate",
+        "generate -p a",
+        "chat",
+        "inspect",
+        "report",
+        "compress --budget r1-equivalent",
+        "merge a",
+        "export a",
+    ],
+)
+def test_a_missing_folder_is_refused_before_anything_heavy_is_imported(arguments: str, tmp_path: Path) -> None:
+    verb, *rest = arguments.split()
+    output = rest.pop() if rest == ["a"] else ""
+    loaded = imported_by_verb(f"{verb} nowhere {output} {' '.join(rest)}", tmp_path, code=2)
+    assert HEAVY & loaded == set()
 
 
 def test_importing_the_package_and_its_config_imports_nothing_heavy(tmp_path: Path) -> None:

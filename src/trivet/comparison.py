@@ -14,6 +14,7 @@ from trivet.errors import ConfigError, DataError
 from trivet.evaluate.compare import MetricComparison, compare
 from trivet.evaluate.measure import Evaluation, Settings, Side
 from trivet.evaluation import rows_of
+from trivet.runfolder import adapter_folder
 from trivet.session import LABELLED, reopen
 
 #: The word for the base model of the first adapter, its adapter switched off.
@@ -118,6 +119,8 @@ def compare_adapters(
     adapters = [c for c in candidates if c != BASE]
     if len(candidates) < 2 or not adapters:
         raise ConfigError("name two candidates or more, at least one of them an adapter or run folder")
+    for candidate in adapters:
+        adapter_folder(Path(candidate))  # what is not there should show now, not after the first has been measured
     rows: Dataset | None = None
     sides: dict[str, tuple[Side, Any]] = {}
     remarks = []

@@ -27,7 +27,8 @@ from trivet.rank.budget import budget_problem
 from trivet.rank.budget import parameters as in_parameters
 from trivet.rank.policy import parameters
 from trivet.rank.score import Directions, costs, cut, directions
-from trivet.session import LABELLED, Session, adapter_folder, reopen
+from trivet.runfolder import adapter_folder
+from trivet.session import LABELLED, Session, reopen
 
 #: What is tried beside the budget that was asked for, as shares of what the adapter holds.
 SHARES = {"whole": 1.0, "1/2": 1 / 2, "1/4": 1 / 4, "1/8": 1 / 8, "1/16": 1 / 16}

@@ -22,7 +22,8 @@ from trivet.adapter.validate import WEIGHTS
 from trivet.errors import AdapterError
 from trivet.pictures import kinds, place
 from trivet.rank.score import directions, held
-from trivet.session import adapter_folder, reopen
+from trivet.runfolder import adapter_folder
+from trivet.session import reopen
 
 _START = "base_model.model."
 #: What modules' names begin with, in the order in which a block computes them; files are in alphabetical order.

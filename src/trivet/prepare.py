@@ -1,11 +1,10 @@
-"""What a run needs before it begins: data read, model loaded, adapter attached, rows encoded; nothing is written."""
+"""What a run needs before it begins: model loaded, adapter attached, rows encoded; nothing is written."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
 
 from rich.console import Console
 
@@ -16,10 +15,9 @@ from trivet.data.dataset import Dataset
 from trivet.data.encode import Encoded, Summary, encode_dataset
 from trivet.errors import ConfigError
 from trivet.memory import Estimate, estimate, free_memory
-from trivet.methods import find_method
 from trivet.model import check_base
 from trivet.session import Session, begin, check_format
-from trivet.splits import Splits, load_splits
+from trivet.splits import Splits
 
 
 @dataclass(frozen=True)
@@ -34,13 +32,8 @@ class Prepared:
     summary: Summary
 
 
-def prepare(config: Config, console: Console, **datasets: Any) -> Prepared:
-    """Read the data, load the model, attach the adapter, encode the rows; says what it found."""
-    splits = load_splits(config, **datasets)
-    if config.training.early_stopping_patience is not None and splits.validation is None:
-        raise ConfigError("training.early_stopping_patience needs validation rows; set data.validation")
-    if splits.validation is None and find_method(config.method).part("rank").validates:
-        raise ConfigError("method: rank auto chooses on validation rows; set data.validation, or use rank squeeze")
+def prepare(config: Config, splits: Splits, console: Console) -> Prepared:
+    """Load the model, attach the adapter, encode the rows; says what it found."""
     for package in config.training.report_to:
         if find_spec(package) is None:
             raise ConfigError(f"training.report_to: {package} is not installed here; pip install {package}")

@@ -33,6 +33,7 @@ from trivet.result import build_result
 from trivet.resuming import check_data, check_same
 from trivet.runfolder import RunFolder, storage, write_json, write_text
 from trivet.session import Session
+from trivet.splits import Splits, load_splits
 from trivet.train.callback import RunLog
 from trivet.train.checkpoint import newest_checkpoint, notes_of, processes_of, step_of, tidy
 from trivet.train.interruption import Interruption
@@ -64,11 +65,13 @@ def train(
     overwrite: bool = False,
     force: bool = False,
     console: Console | None = None,
+    splits: Splits | None = None,
     **datasets: Any,
 ) -> Outcome:
     """Run `config`; `datasets` (train, validation, test) take the place of the files it names.
 
     Args:
+        splits: the rows, where `load_splits` has read them already.
         resume: go on with the run in the output folder.
         overwrite: begin anew where a run is.
         force: resume although data or settings are not the run's own.
@@ -96,12 +99,12 @@ def train(
         then = processes_of(checkpoint) if checkpoint else processes.count()
         check_same(config, load_config(folder.config), folder, then, force=force)
     processes.wait()
-    ready = prepare(config, console, **datasets)
+    ready = prepare(config, splits or load_splits(config, **datasets), console)
     if checkpoint is not None and not force:
         check_data(ready.splits, checkpoint)
     outcome: Outcome | None = None
     with _place(folder) as place:
-        trained = _train(ready, folder, place, console, datasets, resume=resume, checkpoint=checkpoint)
+        trained = _train(ready, folder, place, console, resume=resume, checkpoint=checkpoint)
         if trained.proof is not None and place is not None:
             outcome = _measure(trained, trained.proof, place, console, began)
     told = processes.from_first(lambda: json.dumps(outcome.result))  # type: ignore[union-attr] # the first has one
@@ -144,7 +147,6 @@ def _train(
     folder: RunFolder,
     place: RunFolder | None,
     console: Console,
-    datasets: dict[str, Any],
     *,
     resume: bool,
     checkpoint: Path | None,
@@ -166,7 +168,7 @@ def _train(
             rate, checkpoint, resume = rate / 2, _last(folder), True
             say(console, f"{error}\ngoing back to the last checkpoint, at {rate:g} of the learning rate")
             # ranks may have changed since that checkpoint
-            ready = prepare(ready.config, Console(quiet=True), **datasets)
+            ready = prepare(ready.config, ready.splits, Console(quiet=True))
             continue
         if proof is not None:
             say(console, f"adapter saved to {folder.adapter}; {proof}")

@@ -135,6 +135,31 @@ class RunFolder:
         return result
 
 
+def adapter_folder(folder: Path) -> Path:
+    """The adapter inside a run folder, or the folder itself.
+
+    Raises:
+        ConfigError: there is no such folder.
+        AdapterError: it is a run's that did not finish.
+    """
+    run = RunFolder(folder)
+    if not folder.is_dir():
+        raise ConfigError(f"adapter {folder}: no such folder")
+    if run.config.exists() and not run.adapter.is_dir():
+        raise AdapterError(
+            f"run {folder}: has no adapter yet: it did not finish; `trivet train --resume` goes on with it"
+        )
+    return run.adapter if run.adapter.is_dir() else folder
+
+
+def run_folder(folder: Path) -> RunFolder:
+    """A run's folder, finished or not. Raises `ConfigError` where it is none."""
+    run = RunFolder(folder)
+    if not run.config.is_file():
+        raise ConfigError(f"run {folder}: {'has no config.yaml' if folder.is_dir() else 'no such folder'}")
+    return run
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()

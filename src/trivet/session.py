@@ -23,6 +23,7 @@ from trivet.evaluate.measure import Evaluator, Settings
 from trivet.loss import token_losses, training_loss
 from trivet.methods import find_method
 from trivet.model import Base, load_base
+from trivet.runfolder import adapter_folder
 
 #: Formats whose rows have a class or a number as their answer.
 LABELLED = ("classification", "regression")
@@ -273,15 +274,3 @@ def _numbered_classes(folder: Path) -> list[str]:
     if not outputs:
         raise AdapterError(f"adapter {folder}: is a classifier's, but neither holds its head nor names its classes")
     return [str(i) for i in range(min(outputs))]
-
-
-def adapter_folder(folder: Path) -> Path:
-    """The adapter inside a run folder, or the folder itself."""
-    if not folder.is_dir():
-        raise ConfigError(f"adapter {folder}: no such folder")
-    inner = folder / "adapter"
-    if (folder / "config.yaml").exists() and not inner.is_dir():
-        raise AdapterError(
-            f"run {folder}: has no adapter yet: it did not finish; `trivet train --resume` goes on with it"
-        )
-    return inner if inner.is_dir() else folder

@@ -8,6 +8,7 @@ from typing import Any
 from trivet.config import Config
 from trivet.data.dataset import DOCSTRINGS, Dataset, load_dataset
 from trivet.errors import ConfigError
+from trivet.methods import find_method
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,14 @@ class Splits:
 
 
 def load_splits(config: Config, train: Any = None, validation: Any = None, test: Any = None) -> Splits:
-    """The data that `config` names, or the given data sets in its place; the same seed gives the same splits."""
+    """The data that `config` names, or the given data sets in its place; the same seed gives the same splits.
+
+    Needs no torch, so that what is wrong with the data is said at once.
+
+    Raises:
+        DataError: a file or a row is not what it should be.
+        ConfigError: no training rows are named, or a setting needs validation rows and there are none.
+    """
     data, seed = config.data, config.training.seed
     source = data.train if train is None else train
     if source is None:
@@ -55,6 +63,11 @@ def load_splits(config: Config, train: Any = None, validation: Any = None, test:
         rows, held_rows = rows.split(n, seed)
     elif held is not None:
         held_rows = load_dataset(held, split="validation", format=later, **options)
+
+    if held_rows is None and config.training.early_stopping_patience is not None:
+        raise ConfigError("training.early_stopping_patience needs validation rows; set data.validation")
+    if held_rows is None and find_method(config.method).part("rank").validates:
+        raise ConfigError("method: rank auto chooses on validation rows; set data.validation, or use rank squeeze")
 
     tested = test if test is not None else data.test
     test_rows = None if tested is None else load_dataset(tested, split="test", format=later, **options)

@@ -21,7 +21,8 @@ from trivet.adapter.validate import CONFIG, WEIGHTS
 from trivet.errors import AdapterError, ConfigError, ModelError, ProofError, TrivetError
 from trivet.inspection import stored_layers
 from trivet.model import load_base
-from trivet.session import Session, adapter_folder, make_encoder, reopen
+from trivet.runfolder import adapter_folder
+from trivet.session import Session, make_encoder, reopen
 
 _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
 

@@ -26,6 +26,7 @@ from trivet.prepare import prepare
 from trivet.run import train
 from trivet.runfolder import RunFolder
 from trivet.schedule import planned_steps, token_batches
+from trivet.splits import load_splits
 from trivet.train.callback import RunLog
 from trivet.train.oom import Halver
 from trivet.train.sampler import TokenBudgetSampler
@@ -100,7 +101,7 @@ def test_a_run_with_a_token_budget_is_planned_as_it_goes_and_resumes_bit_for_bit
     }
     values = settings(folder, tmp_path / "whole", **more)
     config = load(values=values)
-    ready = prepare(config, Console(quiet=True))
+    ready = prepare(config, load_splits(config), Console(quiet=True))
     batches = token_batches(config, ready.train_rows)
     assert batches is not None and len({len(batch) for batch in batches}) > 1
     for packed in (False, True):  # counted as they are padded
@@ -237,7 +238,7 @@ def test_a_run_with_little_memory_ends_where_one_with_much_does(tiny: Any, tmp_p
     for most in (99, 2):
         more = {"training.gradient_accumulation_steps": 2, "training.max_steps": 4, "method": "trivet"}
         config = load(values=settings(folder, tmp_path / str(most), **more))
-        ready = prepare(config, Console(quiet=True), train=ROWS)
+        ready = prepare(config, load_splits(config, train=ROWS), Console(quiet=True))
         run = RunFolder(tmp_path / str(most))
         run.path.mkdir()
         trainer = make_trainer(ready, run, RunLog(run.log, Console(quiet=True)))

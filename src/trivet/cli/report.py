@@ -23,9 +23,12 @@ def register(app: typer.Typer) -> None:
         """Write what was trained and how it went, as one HTML file that needs no network."""
         if output is not None and output.is_dir():
             raise ConfigError(f"--output {output}: is a folder; name a file")
+        from trivet.runfolder import run_folder, storage, write_text
+
+        for folder in runs:
+            run_folder(folder)
         from trivet.report import comparison, load_run
         from trivet.report import report as page
-        from trivet.runfolder import storage, write_text
 
         found = [load_run(folder) for folder in runs]
         text = page(found[0]) if len(found) == 1 else comparison(found)

@@ -25,13 +25,18 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Fine-tune, save the adapter (proved by reloading it), and evaluate base and tuned side by side."""
         from trivet.configio import load
+        from trivet.runfolder import RunFolder
+        from trivet.splits import load_splits
 
         path, overrides = split_arguments(arguments)
         config = load(path, overrides)
-        from trivet.run import train as run  # imports torch: not before the config is right
+        if processes.first():
+            RunFolder(Path(config.output_dir)).check_free(resume=resume, overwrite=overwrite)
+        splits = load_splits(config)
+        from trivet.run import train as run  # imports torch: not before config, folder and data are right
 
         try:
-            outcome = run(config, resume=resume, overwrite=overwrite, force=force)
+            outcome = run(config, splits=splits, resume=resume, overwrite=overwrite, force=force)
         except KeyboardInterrupt:
             if Path(config.output_dir).exists():  # what has no checkpoint yet is removed
                 typer.echo(f"run folder {config.output_dir} keeps its checkpoints; --resume goes on with it", err=True)

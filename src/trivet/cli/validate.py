@@ -21,16 +21,18 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Check config, data and model without training; show the first rows with what is learned marked."""
         from trivet.configio import load
+        from trivet.splits import load_splits
 
         path, overrides = split_arguments(arguments)
         config = load(path, overrides)
+        splits = load_splits(config)
         from rich.console import Console
 
         from trivet.memory import gib
-        from trivet.prepare import memory_needed, prepare  # imports torch: not before the config is right
+        from trivet.prepare import memory_needed, prepare  # imports torch: not before config and data are right
         from trivet.schedule import planned_steps
 
-        ready = prepare(config, Console(highlight=False))
+        ready = prepare(config, splits, Console(highlight=False))
         for index, row in enumerate(ready.train_rows[:rows]):
             typer.echo(f"\nrow {index + 1}, as the model sees it; what is learned stands between « and »:")
             typer.echo(marked(row, ready.session.tokenizer))

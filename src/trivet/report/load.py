@@ -11,9 +11,9 @@ from typing import Any
 
 from trivet.config import Config
 from trivet.configio import load as load_config
-from trivet.errors import ConfigError, TrivetError
+from trivet.errors import TrivetError
 from trivet.inspection import Inspection, inspect_adapter
-from trivet.runfolder import RunFolder
+from trivet.runfolder import RunFolder, run_folder
 
 #: Metrics of which less is better; of all others more is.
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "mse"})
@@ -77,9 +77,7 @@ def load_run(folder: str | Path) -> Run:
         ConfigError: the folder is no run folder.
         AdapterError: result.json is damaged.
     """
-    path = RunFolder(Path(folder))
-    if not path.config.is_file():
-        raise ConfigError(f"run {folder}: {'no such folder' if not path.path.is_dir() else 'has no config.yaml'}")
+    path = run_folder(Path(folder))
     log = _rows(path.log)
     inspection, problem = None, ""
     if (path.adapter / "adapter_config.json").is_file():
