@@ -73,7 +73,7 @@ def draw(rows: Rows, path: Path = PICTURE) -> None:
     for axis in axes.flat[len(tasks) :]:
         axis.axis("off")
     for axis in axes[:, 0]:
-        axis.set_ylabel("test loss, nats", fontsize=9)
+        axis.set_ylabel("test loss", fontsize=9)
     for axis in axes.flat[max(0, len(tasks) - across) : len(tasks)]:
         axis.set_xlabel("parameters, in those of plain r = 1", fontsize=9)
     shown = {

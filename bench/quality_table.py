@@ -197,10 +197,11 @@ _OVERALL = [
 ]
 _NOTES = (
     "Differences are to plain LoRA of the nearest number of trained parameters (× their ratio where it is over 10% "
-    "off), seed by seed on the same rows; losses in nats, negative is better. Intervals: t with n − 1 degrees of "
-    "freedom over seeds; of twenty such intervals one misses zero by chance. ↓ ↑: the chosen learning rate is the "
-    "lowest or highest that was tried. Standardised: divided by the task's pooled standard deviation over seeds; "
-    "rows that were trained on in two settings are one task, with the mean of both."
+    "off), seed by seed on the same rows; losses in nats, or mean squared errors where a number is predicted, negative "
+    "is better. Intervals: t with n − 1 degrees of freedom over seeds; of twenty such intervals one misses zero by "
+    "chance. ↓ ↑: the chosen learning rate is the lowest or highest that was tried. Standardised: divided by the "
+    "task's pooled standard deviation over seeds; rows that were trained on in two settings are one task, with the "
+    "mean of both."
 )
 
 
