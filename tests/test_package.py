@@ -45,33 +45,31 @@ def test_light_verbs_import_nothing_heavy(arguments: str, tmp_path: Path) -> Non
     assert HEAVY & imported_by_verb(arguments, tmp_path) == set()
 
 
-@pytest.mark.parametrize("arguments", ["train", "validate"])
-@pytest.mark.parametrize("data", ["bad.jsonl", "nowhere.jsonl", "good.jsonl data.validation=bad.jsonl"])
-def test_bad_data_is_refused_before_anything_heavy_is_imported(arguments: str, data: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("verb", ["train", "validate"])
+@pytest.mark.parametrize(
+    ("data", "code"), [("bad.jsonl", 1), ("nowhere.jsonl", 2), ("good.jsonl data.validation=bad.jsonl", 1)]
+)
+def test_bad_data_is_refused_before_anything_heavy_is_imported(verb: str, data: str, code: int, tmp_path: Path) -> None:
     (tmp_path / "good.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a",\n')
-    loaded = imported_by_verb(f"{arguments} model.name=demo data.train={data}", tmp_path, code=1 + ("now" in data))
-    assert HEAVY & loaded == set()
+    assert HEAVY & imported_by_verb(f"{verb} model.name=demo data.train={data}", tmp_path, code=code) == set()
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        "evaluate",
-        "generate -p a",
-        "chat",
-        "inspect",
-        "report",
-        "compress --budget r1-equivalent",
-        "merge a",
-        "export a",
+        "evaluate nowhere",
+        "generate nowhere -p a",
+        "chat nowhere",
+        "inspect nowhere",
+        "report nowhere",
+        "compress nowhere --budget r1-equivalent",
+        "merge nowhere a",
+        "export nowhere a",
     ],
 )
 def test_a_missing_folder_is_refused_before_anything_heavy_is_imported(arguments: str, tmp_path: Path) -> None:
-    verb, *rest = arguments.split()
-    output = rest.pop() if rest == ["a"] else ""
-    loaded = imported_by_verb(f"{verb} nowhere {output} {' '.join(rest)}", tmp_path, code=2)
-    assert HEAVY & loaded == set()
+    assert HEAVY & imported_by_verb(arguments, tmp_path, code=2) == set()
 
 
 def test_importing_the_package_and_its_config_imports_nothing_heavy(tmp_path: Path) -> None:

@@ -22,9 +22,6 @@ def register(app: typer.Typer) -> None:
         base_model: Annotated[str, typer.Option(help="where the adapter does not say which it belongs to")] = "",
     ) -> None:
         """Talk with the model. An empty line or Ctrl-D ends, /reset starts anew."""
-        from trivet.runfolder import adapter_folder
-
-        adapter_folder(adapter)
         from trivet.data.detect import Example
         from trivet.data.encode import TextEncoder
         from trivet.evaluate.generate import generate

@@ -26,9 +26,6 @@ def register(app: typer.Typer) -> None:
         max_rows: Annotated[int, typer.Option(min=2, help="at most so many rows of --data")] = 256,
     ) -> None:
         """Keep an adapter's most valuable directions within a parameter budget, and show what other budgets would."""
-        from trivet.runfolder import adapter_folder
-
-        adapter_folder(adapter)
         from trivet.compression import compress_adapter
 
         done = compress_adapter(

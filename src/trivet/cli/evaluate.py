@@ -27,9 +27,6 @@ def register(app: typer.Typer) -> None:
         output: Output = None,
     ) -> None:
         """Measure base and tuned on the same rows, with 95% intervals; a run folder's result.json is updated."""
-        from trivet.runfolder import adapter_folder
-
-        adapter_folder(adapter)
         from trivet.evaluate.measure import Settings
         from trivet.evaluation import evaluate_adapter
 

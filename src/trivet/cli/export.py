@@ -22,9 +22,6 @@ def register(app: typer.Typer) -> None:
         overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is in OUTPUT")] = False,
     ) -> None:
         """Write the adapter as native (true ranks) or portable (one rank and alpha for all layers, zero-padded)."""
-        from trivet.runfolder import adapter_folder
-
-        adapter_folder(adapter)
         free_target(output, overwrite)
         from trivet.adapter.save import check_form
         from trivet.adapter.save import export as write_export

@@ -31,9 +31,6 @@ def register(app: typer.Typer) -> None:
             prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
         if not prompts:
             raise ConfigError("nothing to answer: give --prompt, or lines on standard input")
-        from trivet.runfolder import adapter_folder
-
-        adapter_folder(adapter)
         from trivet.api import LoRAModel
         from trivet.session import LABELLED
 

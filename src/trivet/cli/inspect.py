@@ -33,11 +33,9 @@ def register(app: typer.Typer) -> None:
             raise ConfigError(f"--image {image}: name a file that ends in .png")
         if json is not None and json.is_dir():
             raise ConfigError(f"--json {json}: is a folder; name a file")
-        from trivet.runfolder import adapter_folder, storage, write_json
-
-        adapter_folder(adapter)
         from trivet.inspection import inspect_adapter
         from trivet.pictures import heat_maps
+        from trivet.runfolder import storage, write_json
 
         found = inspect_adapter(adapter, base_model=base_model or None)
         show(found, layers)

@@ -33,9 +33,6 @@ def register(app: typer.Typer) -> None:
         """Add the update to the base model's weights and write a model that transformers loads by itself."""
         if dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"--dtype {dtype}: choices are auto, float32, bfloat16, float16")
-        from trivet.runfolder import adapter_folder
-
-        adapter_folder(adapter)
         free_target(output, overwrite)
         from trivet.adapter.save import merge as write_merged
         from trivet.session import reopen

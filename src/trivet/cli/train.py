@@ -30,7 +30,7 @@ def register(app: typer.Typer) -> None:
 
         path, overrides = split_arguments(arguments)
         config = load(path, overrides)
-        if processes.first():
+        if processes.first():  # as `run` does again, for those who call it from Python
             RunFolder(Path(config.output_dir)).check_free(resume=resume, overwrite=overwrite)
         splits = load_splits(config)
         from trivet.run import train as run  # imports torch: not before config, folder and data are right
