@@ -171,12 +171,13 @@ def colour_rows(n: int = 48) -> list[dict[str, Any]]:
 @pytest.fixture(scope="session")
 def finished(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, made by the real command line; copy it before damaging it."""
-    from world import CONFIG, start
+    from process import trivet
+    from world import CONFIG
 
     cwd = tmp_path_factory.mktemp("finished")
     (cwd / "config.yaml").write_text(CONFIG.format(model=tiny("gpt2")), encoding="utf-8")
     write_jsonl(cwd / "train.jsonl", colour_rows(24))
-    done = start(cwd, ["train", "config.yaml", "training.max_steps=2"])
+    done = trivet(cwd, ["train", "config.yaml", "training.max_steps=2"])
     assert done.returncode == 0, done.stderr
     return cwd / "runs" / "a"
 

@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,22 +70,6 @@ class World:
         }
 
 
-def start(cwd: Path, arguments: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    """`trivet` as a process of its own, without a hub."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "trivet", *arguments]
-    return subprocess.run(
-        command,
-        cwd=cwd,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        **options,
-    )
-
-
 def here(cwd: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     """The exit code of `trivet` in this process."""
     monkeypatch.chdir(cwd)
@@ -146,15 +128,3 @@ def both(*arrange: Callable[[World], object]) -> Callable[[World], object]:
 
 def change(old: str, new: str) -> Callable[[World], object]:
     return lambda world: world.config(old, new)
-
-
-def limit(size: int) -> Callable[[], None]:
-    """Files of the process to be started end at `size` bytes, as on a full disk (Linux: EFBIG)."""
-
-    def set_limit() -> None:
-        import resource
-
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-    return set_limit

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+import process
 from conftest import colour_rows, write_jsonl
 from trivet import LoRAModel
 from trivet.configio import load
@@ -44,7 +45,7 @@ def command(cwd: Path, *arguments: str) -> dict[str, Any]:
 
 def trivet(cwd: Path, *arguments: str, said: str = "", code: int = 0) -> subprocess.CompletedProcess[str]:
     """`trivet ARGUMENTS` in `cwd`, with `said` on its standard input."""
-    done = subprocess.run(**command(cwd, *arguments), input=said, capture_output=True, timeout=300)
+    done = process.trivet(cwd, list(arguments), said=said)
     assert done.returncode == code, done.stderr
     return done
 
@@ -60,7 +61,8 @@ def shop(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_jsonl(cwd / "train.jsonl", colour_rows(48))
     write_jsonl(cwd / "test.jsonl", colour_rows(6))
     trivet(cwd, "init", "--model", str(tiny("gpt2")), "--train", "train.jsonl")
-    done = trivet(cwd, "train", "config.yaml", *OVERRIDES)
+    done = subprocess.run(**command(cwd, "train", "config.yaml", *OVERRIDES), capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
     (cwd / "train.out").write_text(done.stdout, encoding="utf-8")
     (cwd / "train.err").write_text(done.stderr, encoding="utf-8")
     return cwd
@@ -273,17 +275,17 @@ def interrupted(shop: Path, tmp_path: Path, when: Iterator[str], *more: str) -> 
     pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
     # A shell's background jobs ignore SIGINT and hand that on, as tests in CI may find themselves.
     pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(**command(shop, *words), **pipes) as process:
-        assert process.stderr is not None
+    with subprocess.Popen(**command(shop, *words), **pipes) as running:
+        assert running.stderr is not None
         for sign in when:
-            for line in process.stderr:
+            for line in running.stderr:
                 if sign in line:
                     break
             else:
                 pytest.fail(f"the run ended before it said {sign!r}")
-        process.send_signal(signal.SIGINT)
-        _, rest = process.communicate(timeout=120)
-    assert process.returncode == 130, rest
+        running.send_signal(signal.SIGINT)
+        _, rest = running.communicate(timeout=120)
+    assert running.returncode == 130, rest
     assert "error: interrupted" in rest
     assert "Traceback" not in rest
     return rest

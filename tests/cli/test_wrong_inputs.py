@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from world import Case, World, both, change, check, damage, here, labelled, limit, rows, start
+from process import trivet
+from world import Case, World, both, change, check, damage, here, labelled, rows
 
 TRAIN = "train config.yaml"
 ABSENT = "cuda" if sys.platform == "darwin" else "mps"
@@ -193,7 +194,7 @@ def test_wrong_input(
     places = {"RUN": str(world.run), "LLAMA": str(world.tiny("llama"))}
     words = [places.get(word, word) for word in shlex.split(case.command)]
     if case.process:
-        done = start(world.cwd, words)
+        done = trivet(world.cwd, words)
         code, stderr = done.returncode, done.stderr
     else:
         code, stderr = here(world.cwd, words, monkeypatch), capsys.readouterr().err
@@ -235,7 +236,7 @@ def test_full_disk(case: Case, world: World) -> None:
     case.arrange(world)
     before = world.state()
     words = [str(world.run) if word == "RUN" else word for word in shlex.split(case.command)]
-    done = start(world.cwd, words, preexec_fn=limit(3000))
+    done = trivet(world.cwd, words, file_size=3000)
     check(done.returncode, done.stderr, case.code, case.says)
     after = world.state()
     after.pop("runs", None)

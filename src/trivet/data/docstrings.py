@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import itertools
 import os
 import re
 import sysconfig
@@ -25,6 +26,7 @@ TEST_PACKAGES = ("numpy", "pandas", "typer", "networkx", "jinja2", "nltk", "fssp
 
 Row = dict[str, str]
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
+_BLOCKS = ("body", "handlers", "orelse", "finalbody", "cases")  # where statements stand, in their order
 
 _MAX_FILE_BYTES = 500_000
 _MAX_FILES_PER_PACKAGE = 400  # bounds the time spent on packages of thousands of files with few docstrings
@@ -200,15 +202,14 @@ def _functions(tree: ast.Module, module: str) -> Iterator[tuple[str, _Function]]
     todo: list[tuple[ast.AST, str]] = [(tree, module)]  # a stack: long elif chains nest deeper than Python recurses
     while todo:
         node, scope = todo.pop()
-        for child in ast.iter_child_nodes(node):
+        for child in itertools.chain.from_iterable(getattr(node, block, ()) for block in _BLOCKS):
             inner = scope
             if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 yield f"{scope}.{child.name}", child
                 inner = f"{scope}.{child.name}.<locals>"
             elif isinstance(child, ast.ClassDef):
                 inner = f"{scope}.{child.name}"
-            if not isinstance(child, ast.expr):
-                todo.append((child, inner))
+            todo.append((child, inner))
 
 
 def _source_without_docstring(node: _Function, lines: Sequence[str]) -> str:
@@ -234,7 +235,12 @@ def _source_without_docstring(node: _Function, lines: Sequence[str]) -> str:
 
 def _lines_inside_strings(node: _Function, lines: Sequence[str]) -> set[int]:
     """Line numbers that begin inside a string literal, where removing the indentation would change its value."""
+    docstring = node.body[0]
+    body = docstring.end_lineno or docstring.lineno
+    others = itertools.chain(lines[node.lineno - 1 : docstring.lineno - 1], lines[body : node.end_lineno])
     inside: set[int] = set()
+    if not any(map(_may_span, others)):  # most functions; walking one costs as much as parsing it
+        return inside
     for child in ast.walk(node):
         if not isinstance(child, (ast.Constant, ast.JoinedStr)):
             continue
@@ -242,9 +248,14 @@ def _lines_inside_strings(node: _Function, lines: Sequence[str]) -> set[int]:
         if last > child.lineno:  # of the constants, only strings and bytes span lines
             span = lines[child.lineno - 1 : last]
             # Otherwise it is one-line literals next to each other, whose lines are code like any other.
-            if any('"""' in line or "'''" in line or line.endswith("\\") for line in span):
+            if any(map(_may_span, span)):
                 inside.update(range(child.lineno + 1, last + 1))
     return inside
+
+
+def _may_span(line: str) -> bool:
+    """Whether a string literal of several lines may begin, go on or end on this line of it."""
+    return '"""' in line or "'''" in line or line.endswith("\\")
 
 
 def _cut(source: str, max_chars: int) -> str:
