@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import translator
+
 #: Splits and the choice of training rows are the same for every run; only starts and row order follow a run's seed.
 SPLIT_SEED = 0
 #: Seeds of the pages; a method has the first three at least.
@@ -95,6 +97,19 @@ TASKS: dict[str, Task] = {
         _writer("gsm8k", "GSM8K", ("math_gsm8k_train.jsonl.gz", "math_gsm8k_test.jsonl"), max_length=384),
         _writer("dialogsum", "DialogSum", _DIALOGSUM, max_length=512),
         _writer("openbookqa", "OpenBookQA", _OPENBOOKQA, metric="accuracy"),
+        Task(
+            "translator",
+            "Multi30k, English to German (a small BART)",
+            translator.NAME,
+            "float32",
+            *_MULTI30K,
+            "test",
+            300,
+            16,
+            96,
+            "token_accuracy",
+            (3e-3, 6e-3, 1.2e-2),
+        ),
     )
 }
 #: All but RTE, which stays at chance (0.526 of 249 rows after 300 steps); CoLA takes MiniLM three epochs (plain LoRA of
@@ -192,7 +207,8 @@ def load_task(task: Task, folder: Path, device: str = "cpu") -> Loaded:
 
     parts = splits(task, folder)
     labels = class_names(parts.train, "auto")
-    base = load_base(task.base, data_format=parts.train.format, labels=labels, dtype=task.dtype, device=device)
+    name = translator.made() if task.base == translator.NAME else task.base
+    base = load_base(name, data_format=parts.train.format, labels=labels, dtype=task.dtype, device=device)
     data = {"max_length": task.max_length, "chat_template": "none", "loss_on": "responses"}
     encoder = make_encoder(base, data)
     train_rows, summary = encode_dataset(parts.train, encoder)

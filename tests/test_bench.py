@@ -28,6 +28,7 @@ import quality
 import quality_adalora
 import quality_table
 import quality_tasks
+import translator
 from quality_tasks import CANDIDATES, TASKS, Candidate, Task
 
 LORA, WIDE = Candidate("lora-r2", "lora", 2), Candidate("lora-r4", "lora", 4)
@@ -148,6 +149,33 @@ def test_several_references_can_be_held_out(tiny: Any, place: Path) -> None:
     task = Task("w", "W", base, "float32", *files, "test", 2, 2, 64, "token_accuracy", (1e-2,), 10, 5)
     row = quality.run(quality_tasks.load_task(task, place), LORA, 0, 1e-2, 2.0)
     assert set(row["test"]) == {"loss", "token_accuracy"}
+
+
+def test_a_translator_is_made_once_and_turned_round(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRIVET_CACHE", str(tmp_path))
+    files = ("train.jsonl", "test.jsonl")
+    task = Task("t", "T", translator.NAME, "float32", *files, "test", 2, 4, 32, "token_accuracy", (1e-2,))
+    with pytest.raises(SystemExit, match="make it with: python bench/translator.py"):
+        quality_tasks.load_task(task, place)
+    pairs = translator.pairs(place / "train.jsonl")
+    assert pairs[0] == tuple(colour_rows(1)[0][side] for side in ("completion", "prompt"))
+    translator.train(pairs, pairs, steps=2)
+    loaded = quality_tasks.load_task(task, place)
+    assert loaded.base.task == "seq2seq"
+    ids = loaded.encoder.tokenizer("Größe, the sky")["input_ids"]
+    assert loaded.encoder.tokenizer.decode(ids, skip_special_tokens=True).strip() == "Größe, the sky"
+    row = quality.run(loaded, LORA, 0, 1e-2, 2.0)
+    assert set(row["test"]) == {"loss", "token_accuracy"}
+    assert row["adapter_parameters"] == sum(2 * (m.in_features + m.out_features) for m in linear_layers(loaded))
+
+
+def linear_layers(loaded: Any) -> list[torch.nn.Linear]:
+    """Those of 2 encoder and 2 decoder layers, which attend to the encoder too."""
+    layers = [loaded.base.model.get_submodule(name) for name in quality_tasks.targets(loaded)]
+    assert len(layers) == 2 * 6 + 2 * 10
+    return layers
 
 
 def test_peft_adalora_is_run_as_peft_means_it(loaded: Any) -> None:

@@ -293,6 +293,21 @@ def test_answers_that_do_not_end(made: Made) -> None:
     assert made(predictions=rows(4, 2)) == []  # the limit is short for this task
 
 
+@pytest.mark.parametrize(
+    ("same", "wanted", "told"), [(20, 16, True), (18, 14, True), (20, 17, False), (17, 10, False), (20, 20, False)]
+)
+def test_one_answer_for_all(made: Made, same: int, wanted: int, told: bool) -> None:
+    """Of 20 rows: how many get the same answer, and for how many it is right."""
+    shown = [
+        {"label": 1 if i < wanted else i, "answer": "unused", "base": "0", "tuned": "1" if i < same else f"other {i}"}
+        for i in range(20)
+    ]
+    assert made(predictions=shown) == ["One answer for all"] * told
+    written = [{"references": [str(row["label"]), "or so"], "tuned": row["tuned"]} for row in shown]
+    assert made(predictions=written) == ["One answer for all"] * told
+    assert made(predictions=shown[:19]) == []  # too few to tell
+
+
 def test_rows_too_few_for_the_rank(made: Made) -> None:
     low, few = [1.0] * 30 + [0.5] * 10, {"supervised_tokens": 100}
     assert made(low, {20: 1.0, 40: 1.0}, data=few, trainable_parameters=5000) == ["Few rows for this rank"]

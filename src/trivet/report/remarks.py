@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -137,6 +138,24 @@ def _counter(run: Run) -> Callable[[str], int] | None:
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
+def one_answer(run: Run) -> Iterator[Remark]:
+    """Nine in ten of at least 20 tuned answers are the same one, and it is right for a fifth of the rows less."""
+    right = [str(row.get("label", row.get("answer", (row.get("references") or [None])[0]))) for row in run.predictions]
+    tuned = Counter(str(row.get("tuned")) for row in run.predictions)
+    if len(right) < 20:
+        return
+    ((answer, times),) = tuned.most_common(1)
+    share, wanted = times / len(right), right.count(answer) / len(right)
+    if share >= 0.9 and wanted <= share - 0.2:
+        shown = answer if len(answer) <= 60 else answer[:59] + "…"
+        yield Remark(
+            "One answer for all",
+            f"{share:.0%} of the tuned answers are “{shown}”, where {wanted:.0%} should be. Only how frequent answers "
+            "are was learned: halve training.learning_rate, or train longer; a classifier may want a "
+            "training.head_learning_rate of its own.",
+        )
+
+
 def too_few_rows(run: Run) -> Iterator[Remark]:
     """Over 50 trained numbers for each learned token, and a training loss that ends below 70% of the validation's."""
     learned, trained = (run.result.get("data") or {}).get("supervised_tokens"), run.result.get("trainable_parameters")
@@ -179,6 +198,7 @@ def broken_steps(run: Run) -> Iterator[Remark]:
 
 RULES: Sequence[Callable[[Run], Iterator[Remark]]] = (
     broken_steps,
+    one_answer,
     not_better,
     overfit,
     endless,
