@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import random
 from pathlib import Path
@@ -18,6 +19,8 @@ from trivet.configio import load
 from trivet.data.dataset import load_dataset
 from trivet.errors import ConfigError, DataError, RunExistsError, TrivetError
 from trivet.evaluation import evaluate_adapter
+from trivet.report import load_run
+from trivet.report.remarks import remarks
 from trivet.run import Outcome, train
 from trivet.schedule import planned_steps
 from trivet.splits import load_splits
@@ -44,6 +47,24 @@ def tree(folder: Path) -> set[str]:
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_what_a_reader_should_know_is_said_at_the_end(tiny: Any, tmp_path: Path) -> None:
+    """A classifier that learns nothing."""
+    rows = [{"text": f"line {i}", "label": ("odd", "even")[i % 2]} for i in range(60)]
+    settings = {**QUICK, "model.name": str(tiny("bert")), "output_dir": str(tmp_path / "run")}
+    said = io.StringIO()
+    train(
+        load(values={**settings, "training.learning_rate": 1e-12}),
+        train=load_dataset(rows[:20]),
+        validation=load_dataset(rows[20:]),
+        console=Console(file=said),
+    )
+    found = remarks(load_run(tmp_path / "run"))
+    assert [remark.title for remark in found] == [
+        "One answer for all", "No difference to the base model that these rows can show",
+    ]  # fmt: skip
+    assert said.getvalue().endswith("".join(f"  {remark.title}: {remark.text}\n" for remark in found))
 
 
 # -- the run folder ------------------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ from trivet.lock import releasing
 from trivet.model import pick_device
 from trivet.pictures import rank_map, rank_path
 from trivet.prepare import Prepared, prepare, say
-from trivet.report import write_report
+from trivet.report import load_run, write_report
+from trivet.report.remarks import remarks
 from trivet.result import build_result
 from trivet.resuming import check_data, check_same
 from trivet.runfolder import RunFolder, storage, write_json, write_text
@@ -259,6 +260,8 @@ def _measure(trained: _Trained, proof: Proof, folder: RunFolder, console: Consol
     write_json(folder.result, result)
     if processes.first():
         say(console, f"what was trained and how it went: {write_report(folder.path)}")
+        for remark in remarks(load_run(folder.path)):
+            say(console, f"  {remark.title}: {remark.text}")
     lost = [str(problem) for problem in (trained.log.unwritten, trainer.unsaved) if problem]
     if lost:
         raise StorageError(f"run {folder.path}: the adapter and the result are whole, but on the way {'; '.join(lost)}")
