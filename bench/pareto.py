@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from quality import RESULTS
-from quality_table import ENOUGH, Group, Rows, differences, interval, over_tasks, pooled, read
+from quality_table import ENOUGH, Group, Rows, Shifts, differences, interval, over_tasks, pooled, read
 from quality_tasks import CANDIDATES, SEEDS, TASKS, Task
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "images" / "pareto.png"
@@ -108,13 +108,13 @@ def against_r16(rows: Rows) -> str:
     ]
     tasks = [(task, groups) for task, groups in measured(rows) if "lora-r16" in groups]
     for name in SMALL:
-        shifts: dict[str, list[float]] = {}
+        shifts: Shifts = {}
         worse, shares = [], []
         for task, groups in tasks:
             if name not in groups or not (found := differences(groups[name], groups["lora-r16"], "loss")):
                 continue
             mean, half = interval(found)
-            shifts.setdefault(task.train, []).append(mean / pooled(list(groups.values())))
+            shifts.setdefault(task.trained_on, []).append(mean / pooled(list(groups.values())))
             shares.append(groups[name].parameters / groups["lora-r16"].parameters)
             if len(found) >= ENOUGH and mean - half > 0:
                 worse.append(task.title)

@@ -156,19 +156,26 @@ def pooled(groups: list[Group]) -> float:
     return math.sqrt(statistics.mean(spreads)) if spreads else 0.0
 
 
-def over_tasks(shifts: dict[str, list[float]]) -> tuple[float, float, int]:
-    """Mean, half of its 95% interval, and the number of tasks, of shifts by the rows that were trained on.
+#: Shifts by the base model and the rows that were trained on.
+Shifts = dict[tuple[str, str], list[float]]
 
-    Rows that were trained on in two settings are one task, with the mean of both.
-    """
-    means = [statistics.mean(same) for same in shifts.values()]
+
+def by_task(shifts: Shifts) -> list[float]:
+    """One shift a task: rows that a model was trained on in two settings are one task, with the mean of both."""
+    return [statistics.mean(same) for same in shifts.values()]
+
+
+def over_tasks(shifts: Shifts) -> tuple[float, float, int]:
+    """Mean, half of its 95% interval, and the number of tasks."""
+    means = by_task(shifts)
     return *interval(means), len(means)
 
 
 def table(rows: Rows, tasks: list[Task], candidates: list[Candidate], seeds: list[int]) -> str:
     """Markdown: a table a task, and one over all tasks."""
     lines: list[str] = []
-    overall: dict[str, dict[str, list[float]]] = {}  # method -> training rows -> differences
+    overall: dict[str, Shifts] = {}  # by method
+    beyond: dict[str, tuple[list[str], list[str]]] = {}  # method -> tasks ahead, and behind, beyond its interval
     for task in tasks:
         groups = [g for c in candidates if (g := Group(rows, task, c, seeds)).runs]
         if not groups:
@@ -179,29 +186,36 @@ def table(rows: Rows, tasks: list[Task], candidates: list[Candidate], seeds: lis
             reference = group.reference(groups)
             lines.append(_row(group, reference))
             if reference and spread and (shifts := differences(group, reference, "loss")):
-                found = overall.setdefault(group.candidate.name, {}).setdefault(task.train, [])
-                found.append(statistics.mean(shifts) / spread)
+                name, (mean, half) = group.candidate.name, interval(shifts)
+                overall.setdefault(name, {}).setdefault(task.trained_on, []).append(mean / spread)
+                ahead, behind = beyond.setdefault(name, ([], []))
+                if len(shifts) >= ENOUGH and abs(mean) > half:
+                    (ahead if mean < 0 else behind).append(task.name)
         lines += ["", f"One standard deviation over seeds (pooled): {spread:.4f} nats.", ""]
     lines += ["### Over all tasks", "", *_OVERALL]
     for name, found in overall.items():
         mean, half, count = over_tasks(found)
         shown = f"{mean - half:+.2f} to {mean + half:+.2f}" if count >= ENOUGH else f"n = {count}: too small"
-        lines.append(f"| {name} | {mean:+.2f} | {shown} | {count} |")
+        sides = " | ".join(", ".join(side) or "none" for side in beyond[name])
+        lines.append(
+            f"| {name} | {mean:+.2f} | {shown} | {count} | {statistics.median(by_task(found)):+.2f} | {sides} |"
+        )
     lines += ["", _NOTES]
     return "\n".join(lines)
 
 
 _OVERALL = [
-    "| method | mean standardised difference in test loss | 95% interval over tasks | tasks |",
-    "| --- | --- | --- | --- |",
+    "| method | mean standardised difference in test loss | 95% interval over tasks | tasks | median "
+    "| ahead beyond its interval on | behind on |",
+    "| --- | --- | --- | --- | --- | --- | --- |",
 ]
 _NOTES = (
     "Differences are to plain LoRA of the nearest number of trained parameters (× their ratio where it is over 10% "
     "off), seed by seed on the same rows; losses in nats, or mean squared errors where a number is predicted, negative "
     "is better. Intervals: t with n − 1 degrees of freedom over seeds; of twenty such intervals one misses zero by "
     "chance. ↓ ↑: the chosen learning rate is the lowest or highest that was tried. Standardised: divided by the "
-    "task's pooled standard deviation over seeds; rows that were trained on in two settings are one task, with the "
-    "mean of both."
+    "task's pooled standard deviation over seeds; rows that a model was trained on in two settings are one task, with "
+    "the mean of both."
 )
 
 

@@ -45,6 +45,11 @@ class Task:
     def labelled(self) -> bool:
         return self.held_out == "train"
 
+    @property
+    def trained_on(self) -> tuple[str, str]:
+        """What makes two settings one task: base model and rows."""
+        return self.base, self.train
+
 
 _RATES = (1.5e-3, 3e-3, 6e-3)
 

@@ -305,20 +305,28 @@ def test_the_table_pairs_seeds_and_names_what_is_too_small(task: Task) -> None:
     assert "| 0.3000 ± 0.0173 |" in line
     plain = next(line for line in text.splitlines() if line.startswith("| lora-r4 |"))
     assert "| 0.01 | 3 |" in plain
-    assert "| squeeze-r1 | -1.07 | n = 1: too small | 1 |" in text  # 0.02 over sqrt((0.02² + 0.0173²) / 2)
+    assert (
+        "| squeeze-r1 | -1.07 | n = 1: too small | 1 | -1.07 | none | none |" in text
+    )  # 0.02 over sqrt((0.02² + 0.0173²) / 2)
 
     two = quality_table.table(lora | ours, [task], [WIDE, SQUEEZE], [0, 1])
     assert "-0.0150 (n = 2: too small)" in two
 
 
 def test_rows_that_are_trained_on_twice_are_one_task(task: Task) -> None:
-    rows = {}
+    rows, trials = {}, dict(zip(task.rates, (0.5, 0.3, 0.4), strict=True))
     for shift, where in ((0.01, task), (0.03, replace(task, name="again"))):
         for candidate, tests in ((WIDE, {0: 0.30, 1: 0.32}), (SQUEEZE, {0: 0.30 - shift, 1: 0.32 - shift})):
-            rows |= rows_of(where, candidate, dict(zip(task.rates, (0.5, 0.3, 0.4), strict=True)), tests)
+            rows |= rows_of(where, candidate, trials, tests)
     tasks = [task, replace(task, name="again"), replace(task, name="third", train="other.jsonl")]
     text = quality_table.table(rows, tasks, [WIDE, SQUEEZE], [0, 1])
     assert "| squeeze-r1 | -1.41 | n = 1: too small | 1 |" in text  # the mean of 0.01 and 0.03 over √2 · 0.01
+
+    elsewhere = replace(task, name="elsewhere", base="another")
+    rows |= rows_of(elsewhere, WIDE, trials, {0: 0.30, 1: 0.32, 2: 0.31})
+    rows |= rows_of(elsewhere, SQUEEZE, trials, {0: 0.31, 1: 0.33, 2: 0.32})
+    text = quality_table.table(rows, [*tasks, elsewhere], [WIDE, SQUEEZE], [0, 1, 2])
+    assert "| squeeze-r1 | -0.21 | n = 2: too small | 2 | -0.21 | none | elsewhere |" in text  # and 0.01 over 0.01
 
 
 def test_a_sweep_is_chosen_by_validation_and_compared_on_test_rows(
