@@ -168,14 +168,9 @@ def test_a_translator_is_made_once_and_turned_round(
     assert loaded.encoder.tokenizer.decode(ids, skip_special_tokens=True).strip() == "Größe, the sky"
     row = quality.run(loaded, LORA, 0, 1e-2, 2.0)
     assert set(row["test"]) == {"loss", "token_accuracy"}
-    assert row["adapter_parameters"] == sum(2 * (m.in_features + m.out_features) for m in linear_layers(loaded))
-
-
-def linear_layers(loaded: Any) -> list[torch.nn.Linear]:
-    """Those of 2 encoder and 2 decoder layers, which attend to the encoder too."""
     layers = [loaded.base.model.get_submodule(name) for name in quality_tasks.targets(loaded)]
-    assert len(layers) == 2 * 6 + 2 * 10
-    return layers
+    assert len(layers) == 2 * 6 + 2 * 10  # those of the decoder attend to the encoder too
+    assert row["adapter_parameters"] == sum(2 * (m.in_features + m.out_features) for m in layers)
 
 
 def test_peft_adalora_is_run_as_peft_means_it(loaded: Any) -> None:
@@ -305,9 +300,8 @@ def test_the_table_pairs_seeds_and_names_what_is_too_small(task: Task) -> None:
     assert "| 0.3000 ± 0.0173 |" in line
     plain = next(line for line in text.splitlines() if line.startswith("| lora-r4 |"))
     assert "| 0.01 | 3 |" in plain
-    assert (
-        "| squeeze-r1 | -1.07 | n = 1: too small | 1 | -1.07 | none | none |" in text
-    )  # 0.02 over sqrt((0.02² + 0.0173²) / 2)
+    # 0.02 over sqrt((0.02² + 0.0173²) / 2)
+    assert "| squeeze-r1 | -1.07 | n = 1: too small | 1 | -1.07 | none | none |" in text
 
     two = quality_table.table(lora | ours, [task], [WIDE, SQUEEZE], [0, 1])
     assert "-0.0150 (n = 2: too small)" in two

@@ -1,4 +1,4 @@
-"""A working folder to do wrong things in, and the command line in it: as a process of its own, or in this one."""
+"""A working folder to do wrong things in, and the command line in this process; process.py has it in one of its own."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from trivet.configio import load as load_config
 from trivet.data.dataset import Dataset, load_dataset
 from trivet.errors import ConfigError
 from trivet.evaluate.measure import Evaluation, Settings, write_predictions
-from trivet.report import write_report
+from trivet.report import load_run, write_report
 from trivet.runfolder import RunFolder, storage, write_json, write_text
 from trivet.session import LABELLED, Session, reopen
 from trivet.splits import load_splits
@@ -60,7 +60,7 @@ def evaluate_adapter(
         if evaluation.predictions:
             write_text(folder.predictions, write_predictions(evaluation.predictions))
             written.append(folder.predictions)
-        written.append(write_report(path))
+        written.append(write_report(load_run(path)))
     if output is not None:
         with storage(f"--output {output}"):
             output.parent.mkdir(parents=True, exist_ok=True)

@@ -259,8 +259,9 @@ def _measure(trained: _Trained, proof: Proof, folder: RunFolder, console: Consol
         say(console, f"ranks and their path drawn in {folder.rank_map} and {folder.rank_path.name}")
     write_json(folder.result, result)
     if processes.first():
-        say(console, f"what was trained and how it went: {write_report(folder.path)}")
-        for remark in remarks(load_run(folder.path)):
+        done = load_run(folder.path)
+        say(console, f"what was trained and how it went: {write_report(done)}")
+        for remark in remarks(done):
             say(console, f"  {remark.title}: {remark.text}")
     lost = [str(problem) for problem in (trained.log.unwritten, trainer.unsaved) if problem]
     if lost:

@@ -12,20 +12,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from trivet.memory import gib
 from trivet.report import charts
 from trivet.report.figures import parts
-from trivet.report.load import Run, load_run
+from trivet.report.load import Run
 from trivet.report.together import parts_together
 from trivet.report.words import clip, clock
 from trivet.runfolder import write_text
 
 
-def write_report(folder: str | Path) -> Path:
-    """Write report.html into a run folder, finished or not.
-
-    Raises:
-        ConfigError: it is no run folder.
-        StorageError: the file can't be written.
-    """
-    run = load_run(folder)
+def write_report(run: Run) -> Path:
+    """Write report.html into the folder of a run, finished or not; `StorageError` where it can't be written."""
     write_text(run.folder.report, report(run))
     return run.folder.report
 

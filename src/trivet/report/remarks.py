@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from trivet.report.load import LOWER_IS_BETTER, Run
+from trivet.report.words import clip
 
 #: Relative changes of a loss below this say nothing.
 _NOTABLE = 0.02
@@ -147,11 +148,10 @@ def one_answer(run: Run) -> Iterator[Remark]:
     ((answer, times),) = tuned.most_common(1)
     share, wanted = times / len(right), right.count(answer) / len(right)
     if share >= 0.9 and wanted <= share - 0.2:
-        shown = answer if len(answer) <= 60 else answer[:59] + "…"
         yield Remark(
             "One answer for all",
-            f"{share:.0%} of the tuned answers are “{shown}”, where {wanted:.0%} should be. Only how frequent answers "
-            "are was learned: halve training.learning_rate, or train longer; a classifier may want a "
+            f"{share:.0%} of the tuned answers are “{clip(answer, 60)}”, where {wanted:.0%} should be. Only how "
+            "frequent answers are was learned: halve training.learning_rate, or train longer; a classifier may want a "
             "training.head_learning_rate of its own.",
         )
 

@@ -16,10 +16,10 @@ def clock(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def clip(text: Any) -> str:
-    """A text that a page has room for."""
+def clip(text: Any, room: int = _LONG) -> str:
+    """A text without what is beyond `room` characters; by default what a page has room for."""
     text = str(text)
-    return text if len(text) <= _LONG else f"{text[:_LONG]} …"
+    return text if len(text) <= room else f"{text[:room]} …"
 
 
 def middle_out(text: str, room: int) -> str:
