@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from quality import RESULTS
-from quality_table import ENOUGH, Group, Rows, Shifts, differences, interval, over_tasks, pooled, read
+from quality_table import Group, Rows, Shifts, beyond, differences, interval, over_tasks, pooled, read
 from quality_tasks import CANDIDATES, SEEDS, TASKS, Task
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "images" / "pareto.png"
@@ -113,10 +113,10 @@ def against_r16(rows: Rows) -> str:
         for task, groups in tasks:
             if name not in groups or not (found := differences(groups[name], groups["lora-r16"], "loss")):
                 continue
-            mean, half = interval(found)
-            shifts.setdefault(task.trained_on, []).append(mean / pooled(list(groups.values())))
+            spread = pooled(list(groups.values()))
+            shifts.setdefault(task.trained_on, []).append(statistics.mean(found) / spread)
             shares.append(groups[name].parameters / groups["lora-r16"].parameters)
-            if len(found) >= ENOUGH and mean - half > 0:
+            if beyond(found) > 0:
                 worse.append(task.title)
         if shifts:
             mean, half, count = over_tasks(shifts)

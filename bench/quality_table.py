@@ -143,6 +143,12 @@ def interval(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), half
 
 
+def beyond(values: list[float]) -> int:
+    """-1 or 1, by its sign, where the mean is farther from zero than its 95% interval reaches; else, or of few, 0."""
+    mean, half = interval(values)
+    return int(math.copysign(1, mean)) if len(values) >= ENOUGH and abs(mean) > half else 0
+
+
 def differences(group: Group, reference: Group, metric: str) -> list[float]:
     """On test rows, seed by seed: the same rows in the same order, the same start of the head."""
     ours, theirs = group.values("test", metric), reference.values("test", metric)
@@ -175,7 +181,7 @@ def table(rows: Rows, tasks: list[Task], candidates: list[Candidate], seeds: lis
     """Markdown: a table a task, and one over all tasks."""
     lines: list[str] = []
     overall: dict[str, Shifts] = {}  # by method
-    beyond: dict[str, tuple[list[str], list[str]]] = {}  # method -> tasks ahead, and behind, beyond its interval
+    sides: dict[str, dict[int, list[str]]] = {}  # by method, the tasks on each side of its interval
     for task in tasks:
         groups = [g for c in candidates if (g := Group(rows, task, c, seeds)).runs]
         if not groups:
@@ -186,19 +192,18 @@ def table(rows: Rows, tasks: list[Task], candidates: list[Candidate], seeds: lis
             reference = group.reference(groups)
             lines.append(_row(group, reference))
             if reference and spread and (shifts := differences(group, reference, "loss")):
-                name, (mean, half) = group.candidate.name, interval(shifts)
-                overall.setdefault(name, {}).setdefault(task.trained_on, []).append(mean / spread)
-                ahead, behind = beyond.setdefault(name, ([], []))
-                if len(shifts) >= ENOUGH and abs(mean) > half:
-                    (ahead if mean < 0 else behind).append(task.name)
+                name = group.candidate.name
+                overall.setdefault(name, {}).setdefault(task.trained_on, []).append(statistics.mean(shifts) / spread)
+                sides.setdefault(name, {}).setdefault(beyond(shifts), []).append(task.name)
         lines += ["", f"One standard deviation over seeds (pooled): {spread:.4f} nats.", ""]
     lines += ["### Over all tasks", "", *_OVERALL]
     for name, found in overall.items():
         mean, half, count = over_tasks(found)
         shown = f"{mean - half:+.2f} to {mean + half:+.2f}" if count >= ENOUGH else f"n = {count}: too small"
-        sides = " | ".join(", ".join(side) or "none" for side in beyond[name])
+        ahead, behind = (", ".join(sides[name].get(side, ["none"])) for side in (-1, 1))
         lines.append(
-            f"| {name} | {mean:+.2f} | {shown} | {count} | {statistics.median(by_task(found)):+.2f} | {sides} |"
+            f"| {name} | {mean:+.2f} | {shown} | {count} | {statistics.median(by_task(found)):+.2f} "
+            f"| {ahead} | {behind} |"
         )
     lines += ["", _NOTES]
     return "\n".join(lines)

@@ -187,6 +187,7 @@ CANDIDATES: dict[str, Candidate] = {
         *(_budgeted(policy, rank) for rank in (4, 2) for policy in ("squeeze", "uniform_squeeze", "planned")),
         _budgeted("squeeze", 4, "squeeze_late", begin=0.5, end=0.9),
         _budgeted("squeeze", 4, "squeeze_plainstep", rank_aware_step=False),
+        _budgeted("squeeze", 4, "squeeze_start16", start_rank=16),  # in layers narrower than 128 too
         Candidate("auto", "auto", 8, wide=True),
         Candidate("auto_r64", {"rank": {"name": "auto", "start_rank": 64}}, 8, 1 / 2),
         *(_budgeted("adalora", rank) for rank in (4, 2)),

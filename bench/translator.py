@@ -99,9 +99,10 @@ def train(rows: list[tuple[str, str]], held_out: list[tuple[str, str]], steps: i
         trainer.train()
     model.config.dropout = 0.1
     target = folder()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    half_way = target.with_name(f"{target.name}.part")  # a save that is killed leaves none that looks whole
+    model.save_pretrained(half_way)
+    tokenizer.save_pretrained(half_way)
+    half_way.rename(target)
     print(f"written to {target}")
 
 
