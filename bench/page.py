@@ -36,6 +36,7 @@ def figures() -> str:
     parts = ["", table(rows, there, list(CANDIDATES.values()), SEEDS).replace("\n### ", "\n#### ")]
     parts[1] = "### Methods, task by task\n\n#" + parts[1] if parts[1].startswith("### ") else parts[1]
     parts += ["", "### A quarter of the parameters against r = 16", "", pareto.against_r16(rows)]
+    parts += ["", "### What r = 16 gains over r = 4, and who has it at r = 4's size", "", pareto.of_the_gain(rows)]
     parts += ["", "### `auto` against a sweep of plain ranks", "", pareto.against_sweep(rows)]
     parts += ["", "### A learning rate at other ranks", "", across_ranks(rows)]
     again = processors_table.on_both(rows, read(processors_table.RESULTS))

@@ -323,6 +323,25 @@ def test_rows_that_are_trained_on_twice_are_one_task(task: Task) -> None:
     assert "| squeeze-r1 | -0.21 | n = 2: too small | 2 | -0.21 | none | elsewhere |" in text  # and 0.01 over 0.01
 
 
+def test_what_a_small_method_has_of_what_more_rank_gains(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pareto, "TASKS", {task.name: task})
+    narrow, wide, squeeze = (CANDIDATES[name] for name in ("lora-r4", "lora-r16", "squeeze-r4"))
+
+    def told(wide_losses: dict[int, float]) -> list[str]:
+        rows = {}
+        for candidate, losses in (
+            (narrow, {0: 0.50, 1: 0.52, 2: 0.51}),
+            (wide, wide_losses),
+            (squeeze, {0: 0.44, 1: 0.44, 2: 0.44}),  # 0.06, 0.08 and 0.07 ahead: 0.07 with 0.0248 to each side
+        ):
+            rows |= rows_of(task, candidate, dict.fromkeys(task.rates, 0.5) | {task.rates[1]: 0.4}, losses)
+        return pareto.of_the_gain(rows).splitlines()[2:-2]
+
+    assert told({0: 0.40, 1: 0.42, 2: 0.41}) == ["| Tiny | 0.510 | 0.410 | 70% [45%, 95%] |  |  |  |  |"]
+    assert told({0: 0.40, 1: 0.60, 2: 0.41}) == []  # 0.04 ahead in the mean, and in no interval
+    assert told({0: 0.60, 1: 0.62, 2: 0.61}) == []
+
+
 def test_a_sweep_is_chosen_by_validation_and_compared_on_test_rows(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
