@@ -32,7 +32,9 @@ STEP = 0.07
 SMALL = ("lora-r4", "squeeze-r4", "planned-r4", "uniform_squeeze-r4", "lora-r2", "squeeze-r2", "auto")
 
 #: As large as plain r = 4.
-AS_SMALL = ("squeeze-r4", "uniform_squeeze-r4", "planned-r4", "squeeze_start16-r4", "truncated-r4")
+AS_SMALL = (
+    "squeeze-r4", "uniform_squeeze-r4", "planned-r4", "squeeze_late-r4", "squeeze_start16-r4", "truncated-r4",
+)  # fmt: skip
 
 
 def measured(rows: Rows) -> list[tuple[Task, dict[str, Group]]]:

@@ -337,7 +337,7 @@ def test_what_a_small_method_has_of_what_more_rank_gains(task: Task, monkeypatch
             rows |= rows_of(task, candidate, dict.fromkeys(task.rates, 0.5) | {task.rates[1]: 0.4}, losses)
         return pareto.of_the_gain(rows).splitlines()[2:-2]
 
-    assert told({0: 0.40, 1: 0.42, 2: 0.41}) == ["| Tiny | 0.510 | 0.410 | 70% [45%, 95%] |  |  |  |  |"]
+    assert told({0: 0.40, 1: 0.42, 2: 0.41}) == ["| Tiny | 0.510 | 0.410 | 70% [45%, 95%] |  |  |  |  |  |"]
     assert told({0: 0.40, 1: 0.60, 2: 0.41}) == []  # 0.04 ahead in the mean, and in no interval
     assert told({0: 0.60, 1: 0.62, 2: 0.61}) == []
 
