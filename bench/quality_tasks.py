@@ -233,7 +233,12 @@ def base_name(task: Task, folder: Path) -> str:
     """What `load_base` takes for the base model of `task`, with the data in `folder`."""
     if task.base == translator.NAME:
         return translator.made()
-    return str(folder.parent / "models" / STORIES) if task.base == STORIES else task.base
+    if task.base != STORIES:
+        return task.base
+    beside = folder.absolute().parent / "models" / STORIES
+    if not (beside / "config.json").exists():
+        raise SystemExit(f"{task.name}: no base model in {beside}; put the transformers folder of {STORIES} there")
+    return str(beside)
 
 
 def splits(task: Task, folder: Path) -> Any:
