@@ -7,12 +7,12 @@ speed_gpu.jsonl: each side's step times, rates, memory and start; how many times
 round by round; and machine, versions and command. A side that can't run here says why, and the others go on.
 
 Without --data the workloads that need no file run: `dense` (SmolLM2-135M, 4 rows of 256 random tokens, all of them
-labels), `types` (the same, trivet alone in float32 and in bfloat16), `lengths` (trivet alone, one row of 512, 1024 and
-2048) and `seq2seq` (BART base's size, random weights). With it also `e2e`, `snips`, `gsm8k` (prompt and completion; TRL
-with its defaults and with its two best settings) and `trec` (a classifier; each side in its own default type,
-`trec-fp32` in float32). --device cuda runs `dense` with a Llama of --size, or what --workloads names, beside TRL and
-Unsloth, and reports model FLOPs utilisation. A side can have a Python of its own, where its packages don't go with
-trivet's: --python unsloth=FOLDER/bin/python.
+labels), `gpt2` (the same with GPT-2's size and random weights), `types` (as `dense`, trivet alone in float32 and in
+bfloat16), `lengths` (trivet alone, one row of 512, 1024 and 2048) and `seq2seq` (BART base's size, random weights).
+With it also `e2e`, `snips`, `gsm8k` (prompt and completion; TRL with its defaults and with its two best settings) and
+`trec` (a classifier; each side in its own default type, `trec-fp32` in float32). --device cuda runs `dense` with a
+Llama of --size, or what --workloads names, beside TRL and Unsloth, and reports model FLOPs utilisation. A side can have
+a Python of its own, where its packages don't go with trivet's: --python unsloth=FOLDER/bin/python.
 """
 
 from __future__ import annotations
@@ -53,10 +53,12 @@ class Workload:
     file: str | None = None
     dtype: str = "auto"
     pack_length: int = 0  # of TRL's packs: about the tokens of the other sides' steps
+    random: str = ""  # a model with random weights instead of the base model
 
 
 WORKLOADS = {
     "dense": Workload("dense", ("trivet", "peft-bf16", "peft-fp32", "peft-best", "floor"), 4, 256),
+    "gpt2": Workload("dense", ("trivet", "peft-bf16", "peft-fp32", "peft-best"), 4, 256, random="gpt2"),
     "types": Workload("dense", ("trivet-fp32", "trivet-bf16"), 4, 256),
     "lengths": Workload("dense", ("trivet-512", "trivet-1024", "trivet-2048"), 1),
     "seq2seq": Workload("seq2seq", ("trivet", "peft-bf16", "peft-fp32"), 8, 128),
@@ -140,13 +142,13 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         spec["size"] = spec["size"] or "1b"
     if work.kind == "labels" and spec["base"] == "demo":
         spec["base"] = "demo-encoder"
-    if name in ("dense", "types"):
+    if name in ("dense", "types", "gpt2"):
         spec |= {"rows": arguments.batch or work.rows, "length": arguments.length or work.length}
     if arguments.tiny:
         spec |= {"size": "tiny", "rows": min(2, spec["rows"]), "length": min(32, spec["length"])}
     from trivet.demo import DEMO_MODELS, demo_path
 
-    if spec["base"] in DEMO_MODELS and not spec["size"] and work.kind != "seq2seq":
+    if spec["base"] in DEMO_MODELS and not spec["size"] and not work.random and work.kind != "seq2seq":
         demo_path(spec["base"])  # once, before the sides look for it
     if any(side.startswith(("trl", "unsloth")) for side in sides) and work.kind == "dense":
         spec["tokenizer"] = str(demo_path("demo"))  # which both insist on, for a model of random weights
@@ -167,7 +169,8 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     model = Path(spec["base"]).name
     if work.kind == "seq2seq":
         model = f"bart-{'tiny' if arguments.tiny else 'base'} (random)"
-    model = f"llama-{spec['size']} (random)" if work.kind == "dense" and spec["size"] else model
+    if work.kind == "dense" and (work.random or spec["size"]):
+        model = f"{work.random or 'llama'}{'-' * bool(spec['size'])}{spec['size'] or ''} (random)"
     shape = f"{spec['rows']} {'row' if spec['rows'] == 1 else 'rows'}"
     shape += f" of {spec['length']} tokens" if spec["length"] else ""
     return {

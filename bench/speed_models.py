@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 #: Llama architectures with random weights, for GPUs: the second and third have the shapes of Llama 3.2 1B and 3.1 8B.
 SIZES = {
@@ -21,9 +22,11 @@ SIZES = {
 
 
 def causal_model(spec: dict[str, Any], dtype: str) -> Any:
-    """The language model that every side trains: demo's weights, or random ones of a size."""
+    """The language model that every side trains: demo's weights, or random ones of GPT-2's or another size."""
     from trivet.model import load_base, pick_dtype
 
+    if spec.get("random") == "gpt2":
+        return gpt2(spec, pick_dtype(dtype, torch.device(spec["device"])))
     if not spec["size"]:
         return load_base(spec["base"], task="causal-lm", dtype=dtype, device=spec["device"]).model
     return llama(spec, pick_dtype(dtype, torch.device(spec["device"])))
@@ -35,6 +38,14 @@ def llama(spec: dict[str, Any], dtype: torch.dtype) -> Any:
 
     config = LlamaConfig(**SIZES[spec["size"]], max_position_embeddings=8192, use_cache=False, dtype=dtype)
     return random_model(LlamaForCausalLM, config, dtype, spec["device"])
+
+
+def gpt2(spec: dict[str, Any], dtype: torch.dtype) -> Any:
+    """Random weights of GPT-2's size (124M), with its dropout."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    small = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 512} if spec["size"] == "tiny" else {}
+    return random_model(GPT2LMHeadModel, GPT2Config(**small, use_cache=False), dtype, spec["device"])
 
 
 def random_model(kind: Any, config: Any, dtype: torch.dtype, device: str) -> Any:
@@ -51,7 +62,7 @@ def random_model(kind: Any, config: Any, dtype: torch.dtype, device: str) -> Any
 
 def numbers(model: nn.Module) -> dict[str, int]:
     """Weights that are multiplied by every token: frozen ones (with the head, without embeddings), and trained ones."""
-    linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    linear = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))]
     return {
         "frozen": sum(w.numel() for w in linear if not w.requires_grad),
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers as hf
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 import trivet.fast
 from conftest import losses_of, tiny_model
@@ -113,7 +114,7 @@ def test_rows_of_several_blocks() -> None:
 def test_the_faster_parts_are_in_use(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or the comparisons above would say nothing."""
     fast, plain = pair(kind)
-    calls: dict[str, int] = {"attention": 0, "rms_norm": 0}
+    calls = dict.fromkeys(("attention", "rms_norm", "layer_norm", "activate", "silu_gate", "rotate"), 0)
 
     def counted(name: str) -> Any:
         own = getattr(trivet.fast, name)
@@ -135,6 +136,10 @@ def test_the_faster_parts_are_in_use(kind: str, monkeypatch: pytest.MonkeyPatch)
     # T5 adds a bias to its scores, which is left to torch; Gemma 2 knows no attention but its own
     assert calls["attention"] == {"bart": 6, "t5": 0, "gemma2": 0}.get(kind, 2)
     assert (calls["rms_norm"] > 0) == (kind in ("llama", "qwen2"))  # Gemma multiplies by 1 + weight
+    assert (calls["layer_norm"] > 0) == (kind in ("gpt2", "bart"))
+    assert (calls["activate"] > 0) == (kind in ("gpt2", "bart", "gemma2"))  # T5's is a ReLU
+    assert (calls["silu_gate"] > 0) == (kind in ("llama", "qwen2"))  # Gemma's gate is a GELU
+    assert (calls["rotate"] > 0) == (kind in ("llama", "qwen2", "gemma2"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -252,7 +257,7 @@ def drops(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         calls.append(p)
         return dropout(x, p)
 
-    monkeypatch.setattr(trivet.fast, "drop", counted)
+    monkeypatch.setattr("trivet.fast_dropout.drop", counted)
     return calls
 
 
@@ -373,6 +378,19 @@ def test_models_of_other_types_can_be_attached_to(dtype: torch.dtype) -> None:
     assert bool(training_loss(model, batch, labels, task="causal-lm").isfinite())
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_it_computes_the_same() -> None:
+    """By torch.compile's tracer; what it makes of what it traces is torch's."""
+    fast, _ = pair("llama")
+    batch, labels = data(fast)
+
+    def learned(model: Any) -> dict[str, torch.Tensor]:
+        return gradients(fast, model(**batch, labels=labels).loss)
+
+    same_gradients(learned(torch.compile(fast, backend="eager")), learned(fast))
+
+
 def test_eager_attention_stays() -> None:
     model = base("llama")
     model.set_attn_implementation("eager")
@@ -407,3 +425,51 @@ def test_packed_rows_do_not_see_each_other(kind: str) -> None:
         found.append((losses.detach(), gradients(model, losses.mean())))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-5)
     same_gradients(found[0][1], found[1][1])
+
+
+# -- gated layers and rotations that are left alone ----------------------------------------------------------
+
+
+class Clamped(LlamaMLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x).clamp(max=10.0))
+
+
+class Dropped(LlamaMLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(super().forward(x), 0.1, self.training)
+
+
+class Several(LlamaMLP):
+    """As experts have it: no function of one tensor."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        batch, length, _ = x.shape
+        return super().forward(x), batch * length
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("other", [torch.nn.GELU(), Clamped, Dropped, Several])
+def test_what_computes_otherwise_stays(other: Any, dtype: torch.dtype) -> None:
+    model = tiny_model("llama", 64).to(dtype)
+    mlp = model.model.layers[0].mlp
+    if isinstance(other, torch.nn.Module):
+        mlp.act_fn = other
+    else:
+        mlp.__class__ = other
+    attach(model, lora_rank=4)
+
+    def is_gated(module: Any) -> bool:
+        return getattr(vars(module).get("forward"), "__func__", None) is trivet.fast._gated
+
+    assert [is_gated(layer.mlp) for layer in model.model.layers] == [False, True]
+
+
+def test_a_rotation_of_another_kind_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gpt-oss's takes angles of half a head."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import apply_rotary_pos_emb as halves
+
+    model = tiny_model("llama", 64)
+    monkeypatch.setitem(LlamaAttention.forward.__globals__, "apply_rotary_pos_emb", halves)
+    attach(model, lora_rank=4)
+    assert "forward" not in vars(model.model.layers[0].self_attn)

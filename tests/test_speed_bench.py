@@ -149,6 +149,15 @@ def test_driver_takes_turns_and_goes_on_without_a_side(tmp_path: Path) -> None:
     assert "| dense (2 rows of 32 tokens) | trivet" in shown.stdout
 
 
+def test_driver_makes_a_model_of_gpt2s_kind(tmp_path: Path) -> None:
+    out = tmp_path / "speed.jsonl"
+    ended = run(out, "--tiny", "--workloads", "gpt2", "--sides", "trivet")
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(out.read_text())
+    assert found["model"] == "gpt2-tiny (random)"
+    assert found["sides"]["trivet"]["frozen"] == 2 * 64 * (3 * 64 + 64 + 2 * 4 * 64) + 64 * 512
+
+
 def test_driver_runs_our_trainer_on_rows(tmp_path: Path, tiny: Any) -> None:
     rows = [{"text": f"the {name} is blue", "label": name} for name in ("sky", "house") for _ in range(8)]
     write_jsonl(tmp_path / "cls_trec_train.jsonl", rows)

@@ -1,8 +1,7 @@
-"""Replaces parts of a transformers model by faster ones that compute the same: norms; on CPUs attention, dropout, and
-frozen linear layers whose 16-bit type the processor can't multiply; on GPUs gated activations and rotary positions.
+"""Replaces parts of a transformers model by faster or leaner ones that compute the same: norms, activations and rotary
+positions; on CPUs attention, dropout, and frozen linear layers whose 16-bit type the processor can't multiply.
 
 Nothing is replaced on faith. Every part is compared with the model's own before it is used; what is not known stays.
-Dropout drops the same share, but other entries than torch's would for the same seed.
 """
 
 from __future__ import annotations
@@ -11,22 +10,22 @@ import functools
 import inspect
 import types
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.activations import ACT2CLS
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
+from trivet.fast_dropout import calls_dropout, dropout_layer, with_fast_dropout
+from trivet.kernels.activation import ACTIVATIONS, Activation, activate
 from trivet.kernels.attention import attention
-from trivet.kernels.dropout import dropout as drop
 from trivet.kernels.fused import fuses
 from trivet.kernels.gate import silu_gate
-from trivet.kernels.norm import rms_norm
+from trivet.kernels.norm import layer_norm, rms_norm
 from trivet.kernels.product import linear, widens
 from trivet.kernels.rotation import rotate
 
@@ -41,6 +40,10 @@ def speed_up(model: Any) -> None:
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and _eps(module) is not None and _is_rms_norm(module):
             module.forward = types.MethodType(fused_norm, module)
+        elif type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
+            module.forward = types.MethodType(_layer_norm, module)  # type: ignore[method-assign]
+        elif (same := _activation(module)) is not None:
+            module.forward = types.MethodType(functools.partial(_activated, function=same), module)
         elif _is_gated(module):
             module.forward = types.MethodType(_gated, module)
         elif (own := _rotating(module)) is not None:
@@ -48,9 +51,9 @@ def speed_up(model: Any) -> None:
         elif type(module) in (nn.Linear, Conv1D) and widens(module.weight) and _frozen(module):
             module.forward = types.MethodType(widened_linear, module)
         elif type(module) is nn.Dropout:
-            module.forward = types.MethodType(_dropout_layer, module)  # type: ignore[method-assign]
-        elif _calls_dropout(module):
-            module.forward = types.MethodType(_with_fast_dropout(type(module).forward), module)
+            module.forward = types.MethodType(dropout_layer, module)  # type: ignore[method-assign]
+        elif calls_dropout(module):
+            module.forward = types.MethodType(with_fast_dropout(type(module).forward), module)
 
 
 def _attend(
@@ -95,10 +98,21 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 def fused_norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     """The forward pass of an RMS norm that was replaced."""
-    learns = torch.is_grad_enabled() and hidden_states.requires_grad  # else it is to the bit as without an adapter
-    if not learns or self.weight.requires_grad:
+    if not _learns(hidden_states) or self.weight.requires_grad:
         return type(self).forward(self, hidden_states)
     return rms_norm(hidden_states, self.weight, _eps(self))
+
+
+def _layer_norm(self: nn.LayerNorm, input: torch.Tensor) -> torch.Tensor:
+    """The forward pass of a layer norm that was replaced."""
+    if not (_learns(input) and _frozen(self)):
+        return type(self).forward(self, input)
+    return layer_norm(input, self.weight, self.bias, self.eps)
+
+
+def _learns(x: torch.Tensor) -> bool:
+    """Whether a gradient reaches x: else results are to the bit as without adapter. torch.compile fuses by itself."""
+    return torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling()
 
 
 def _frozen(module: nn.Module) -> bool:
@@ -138,7 +152,31 @@ def _close(theirs: torch.Tensor, ours: torch.Tensor, size: float = 1.0) -> bool:
     return theirs.dtype == ours.dtype and torch.allclose(theirs, ours, rtol=tolerance, atol=tolerance * size)
 
 
-# -- gated activations and rotary positions, on GPUs -------------------------------------------------------------
+# -- activations -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _activation(module: nn.Module) -> Activation | None:
+    """Which of `ACTIVATIONS` a module computes; None where it is none of them."""
+    if type(module) not in _ACTIVATIONS or any(True for _ in module.parameters()):
+        return None
+    x = torch.linspace(-12, 12, 1001, device="cpu")  # past what some of them clip
+    found = module(x.clone())
+    return next((function for function in ACTIVATIONS if _close(found, function(x))), None)
+
+
+#: transformers' table of activations has classes, some of them with arguments.
+_ACTIVATIONS = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
+
+
+def _activated(self: nn.Module, input: torch.Tensor, function: Activation) -> torch.Tensor:
+    """The forward pass of an activation that was replaced."""
+    if not _learns(input):
+        return type(self).forward(self, input)
+    return activate(input, function)
+
+
+# -- gated activations and rotary positions ----------------------------------------------------------------------
 
 
 #: All that the forward pass of a gated layer may speak of: a clamp or a dropout would not show in one comparison.
@@ -152,9 +190,11 @@ def _is_gated(module: Any) -> bool:
     if code is None or not set(code.co_names) <= _GATED:
         return False
     weights = [getattr(getattr(module, f"{part}_proj", None), "weight", None) for part in ("gate", "up", "down")]
-    if not all(isinstance(weight, torch.Tensor) and weight.ndim == 2 and fuses(weight) for weight in weights):
+    if not all(isinstance(each, torch.Tensor) and each.ndim == 2 and each.is_floating_point() for each in weights):
         return False
     weight: Any = weights[0]
+    if weight.is_meta:
+        return True  # nothing is computed that could be wrong, and a plan counts what is kept
     x = _drawn(weight, 1, 4, weight.shape[1]) * 4  # so large that another activation would show
     with torch.random.fork_rng([weight.device.index] if weight.is_cuda else []):  # an adapter's dropout draws
         theirs, ours = module(x), module.down_proj(silu_gate(module.gate_proj(x), module.up_proj(x)))
@@ -163,7 +203,7 @@ def _is_gated(module: Any) -> bool:
 
 def _gated(self: Any, x: torch.Tensor) -> torch.Tensor:
     """The forward pass of a gated feed-forward layer that was replaced."""
-    if not (torch.is_grad_enabled() and x.requires_grad and fuses(x)):
+    if not _learns(x):
         return type(self).forward(self, x)
     return self.down_proj(silu_gate(self.gate_proj(x), self.up_proj(x)))
 
@@ -183,7 +223,9 @@ def _rotating(module: nn.Module) -> Callable[..., Any] | None:
     names: dict[str, Any] = getattr(forward, "__globals__", {})
     known = _ROTATION in names and _ROTATION in getattr(getattr(forward, "__code__", None), "co_names", ())
     width = getattr(module, "head_dim", None)
-    if not known or not isinstance(width, int) or width % 2 or weight is None or not fuses(weight):
+    if not known or not isinstance(width, int) or width % 2 or weight is None or not weight.is_floating_point():
+        return None
+    if weight.device.type != "cpu" and not fuses(weight):
         return None
     own = names[_ROTATION]
     if tuple(inspect.signature(own).parameters)[:4] != ("q", "k", "cos", "sin"):
@@ -199,8 +241,8 @@ def _rotating(module: nn.Module) -> Callable[..., Any] | None:
         return None
 
     def turned(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *rest: Any, **more: Any) -> Any:
-        learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-        plain = rest or more or cos.shape[-1] != q.shape[-1] or cos.dim() != 3 or not fuses(q)
+        learns = _learns(q) or _learns(k)
+        plain = rest or more or cos.shape[-1] != q.shape[-1] or cos.dim() != 3
         plain = plain or not cos.dtype == q.dtype == k.dtype
         return (own if plain or not learns else rotate)(q, k, cos, sin, *rest, **more)
 
@@ -208,62 +250,10 @@ def _rotating(module: nn.Module) -> Callable[..., Any] | None:
         forward.__code__, names | {_ROTATION: turned}, forward.__name__, forward.__defaults__, forward.__closure__
     )
     copy.__kwdefaults__ = forward.__kwdefaults__
-    return functools.update_wrapper(copy, forward)
 
+    @functools.wraps(forward)
+    def either(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # torch.compile looks for what it has compiled among the functions of the forward pass's own module
+        return (forward if torch.compiler.is_compiling() else copy)(self, *args, **kwargs)
 
-# -- dropout ---------------------------------------------------------------------------------------------------
-
-
-def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
-    """`torch.nn.functional.dropout`, by its signature."""
-    here = input.device.type in ("cpu", "meta")  # without data, a plan counts the byte that GPUs keep, too
-    if training and 0 < p < 1 and not inplace and here and input.is_floating_point():
-        return drop(input, p)
-    return nn.functional.dropout(input, p, training, inplace)
-
-
-def _dropout_layer(self: nn.Dropout, input: torch.Tensor) -> torch.Tensor:
-    """The forward pass of a dropout layer that was replaced."""
-    return _dropout(input, self.p, self.training, self.inplace)
-
-
-def _calls_dropout(module: nn.Module) -> bool:
-    """Whether a module's own forward pass calls `nn.functional.dropout`, as BART's does."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code is not None and {"functional", "dropout"} <= {*code.co_names}
-
-
-class _FastDropout(TorchFunctionMode):
-    """While it is on, `nn.functional.dropout` is `_dropout`."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return (_dropout if func is nn.functional.dropout else func)(*args, **(kwargs or {}))
-
-
-def _computed_again(module: nn.Module) -> bool:
-    """Whether gradient checkpointing computes the module, or a part of it, anew in the backward pass."""
-    return any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
-
-
-#: Whether an outer module has switched it on: twice would cost twice.
-_ON: ContextVar[bool] = ContextVar("fast dropout", default=False)
-
-
-def _with_fast_dropout(own: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward pass that finds the faster dropout while training.
-
-    Not under gradient checkpointing, which would compute a layer again without passing here, and draw otherwise.
-    """
-
-    @functools.wraps(own)  # generation reads the signature
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not self.training or _ON.get() or _computed_again(self):
-            return own(self, *args, **kwargs)
-        before = _ON.set(True)
-        try:
-            with _FastDropout():
-                return own(self, *args, **kwargs)
-        finally:
-            _ON.reset(before)
-
-    return forward
+    return either

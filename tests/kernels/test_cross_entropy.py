@@ -76,7 +76,7 @@ def test_losses_hits_and_gradients(head: dict[str, Any], z_loss: float) -> None:
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("n", [1, 16, 17, 32, 50])
 def test_chunk_borders(monkeypatch: pytest.MonkeyPatch, n: int, head: dict[str, Any]) -> None:
-    monkeypatch.setattr(cross_entropy, "CHUNK", 16 * 23)
+    monkeypatch.setattr(cross_entropy, "CHUNK", 8 * 23)
     agree(*case(n, **head), z_loss=0.01)
 
 
@@ -85,8 +85,12 @@ def test_the_chunks_are_as_large_as_said(monkeypatch: pytest.MonkeyPatch) -> Non
     own = Head.logits
     monkeypatch.setattr(Head, "logits", lambda self, hidden, into: sizes.append(len(hidden)) or own(self, hidden, into))
     monkeypatch.setattr(cross_entropy, "CHUNK", 23 * 20)
-    linear_cross_entropy(*case(50))
+    hidden, targets, head = case(50)
+    linear_cross_entropy(hidden.bfloat16(), targets, Head(head.weight.bfloat16()))
     assert sizes == [17, 17, 16]  # no more than 20, and alike
+    sizes.clear()
+    linear_cross_entropy(hidden, targets, head)
+    assert sizes == [25, 25]  # no more than 40
 
 
 @settings(max_examples=40, deadline=None)

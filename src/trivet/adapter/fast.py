@@ -2,7 +2,8 @@
 
 PEFT's layer casts x to float32, keeps that copy for the backward pass, and makes four temporaries as large as x or y.
 Here the small factors are cast to x's type instead (they stay float32 masters, and their gradients come back in
-float32), x is kept once and as it is, products are added in place, and dropout's choice is drawn again, not stored.
+float32), x is kept once and as it is, or made again if it says how (`trivet.kernels.recipe`), products are added in
+place, and dropout's choice is drawn again, not stored.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from typing import Any
 import torch
 from peft.tuners import lora
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from trivet.adapter import fast_gpu
 from trivet.fast import widened_linear
 from trivet.kernels.dropout import dropped
+from trivet.kernels.heap import empty
 from trivet.kernels.product import addmm_, mm
+from trivet.kernels.recipe import kept_for, rows_from
 
 
 class FastLinear(lora.Linear):  # type: ignore[misc]
@@ -82,20 +86,22 @@ class _AdaptedLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         w = weight if transposed else weight.T
-        y = x.new_empty(*x.shape[:-1], w.shape[1])  # no view of another tensor, so that it may be changed in place
+        y = empty(*x.shape[:-1], w.shape[1], like=x)  # no view of another tensor, so that it may be changed in place
         flat = y.view(-1, w.shape[1])
         mm(rows, w, bias, out=flat)
         small_a, small_b = a.to(x.dtype), (b * (scale / (1 - p))).to(x.dtype)
         inner = mm(dropped(rows, p, seed), small_a.T)
         addmm_(flat, inner, small_b.T)
         a_learns, b_learns = ctx.needs_input_grad[1:3]
-        ctx.save_for_backward(rows if a_learns else None, inner if b_learns else None, small_a, small_b, weight)
+        ctx.maker, kept = kept_for(x, rows) if a_learns else (None, ())
+        ctx.save_for_backward(inner if b_learns else None, small_a, small_b, weight, *kept)
         ctx.settings = scale / (1 - p), transposed, p, seed, x.shape, a.dtype, b.dtype
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Any) -> Any:
-        rows, inner, a, b, weight = ctx.saved_tensors
+        inner, a, b, weight, *kept = ctx.saved_tensors
         scale, transposed, p, seed, shape, a_type, b_type = ctx.settings
         g = grad.reshape(-1, grad.shape[-1])
         low = mm(g, b)
@@ -107,8 +113,8 @@ class _AdaptedLinear(torch.autograd.Function):
             else:
                 addmm_(dx, low, a)
             dx = dx.view(shape)
-        if rows is not None:
-            da = mm(low.T, dropped(rows, p, seed)).to(a_type)
+        if ctx.needs_input_grad[1]:
+            da = mm(low.T, dropped(rows_from(ctx.maker, kept), p, seed)).to(a_type)
         if inner is not None:
             db = mm(g.T, inner).to(b_type).mul_(scale)
         return dx, da, db, None, None, None, None, None, None

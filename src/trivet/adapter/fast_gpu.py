@@ -15,7 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from trivet.kernels.dropout import dropped
-from trivet.kernels.fused import silu_gate
+from trivet.kernels.recipe import kept_for, rows_from
 
 
 def wanted(x: torch.Tensor) -> bool:
@@ -68,14 +68,9 @@ class Halves:
         model.register_forward_hook(self.end, always_call=True)
 
 
-def adapted(x: torch.Tensor, *given: Any) -> torch.Tensor:
-    """`_AdaptedLinear`'s y of (x, A, B, their 16-bit copies or None, W, bias, s, whether W is transposed, p, seed).
-
-    An x that says what it is `made_of` is not kept but made again: one large tensor of three in a gated layer.
-    """
-    made_of = getattr(x, "made_of", None)
-    parts = made_of[:2] if made_of is not None and made_of[2] == x._version else (None, None)
-    return _AdaptedLinear.apply(x, *parts, *given)
+def adapted(*given: Any) -> torch.Tensor:
+    """`_AdaptedLinear`'s y of (x, A, B, their 16-bit copies or None, W, bias, s, whether W is transposed, p, seed)."""
+    return _AdaptedLinear.apply(*given)
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -83,8 +78,8 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Any, gate: Any, up: Any, a: Any, b: Any, halves: Any, weight: Any, bias: Any, scale: float,
-        transposed: bool, p: float, seed: int,
+        ctx: Any, x: Any, a: Any, b: Any, halves: Any, weight: Any, bias: Any, scale: float, transposed: bool, p: float,
+        seed: int,
     ) -> torch.Tensor:  # fmt: skip
         rows = x.reshape(-1, x.shape[-1])
         small_a, small_b = (a.to(x.dtype), b.to(x.dtype)) if halves is None else halves
@@ -94,17 +89,16 @@ class _AdaptedLinear(torch.autograd.Function):
         torch.mm(rows, w, out=flat) if bias is None else torch.addmm(bias, rows, w, out=flat)
         inner = _scaled(dropped(rows, p, seed), small_a.T, scale / (1 - p))
         flat.addmm_(inner, small_b.T)
-        ctx.a_learns, b_learns = ctx.needs_input_grad[3:5]
-        kept = (gate, up) if gate is not None else (rows, None)
-        kept = kept if ctx.a_learns else (None, None)
-        ctx.save_for_backward(*kept, inner if b_learns else None, small_a, small_b, weight)
+        a_learns, b_learns = ctx.needs_input_grad[1:3]
+        ctx.maker, kept = kept_for(x, rows) if a_learns else (None, ())
+        ctx.save_for_backward(inner if b_learns else None, small_a, small_b, weight, *kept)
         ctx.settings = scale / (1 - p), transposed, p, seed, x.shape, a.dtype, b.dtype
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Any) -> Any:
-        rows, up, inner, a, b, weight = ctx.saved_tensors
+        inner, a, b, weight, *kept = ctx.saved_tensors
         scale, transposed, p, seed, shape, a_type, b_type = ctx.settings
         g = grad.reshape(-1, grad.shape[-1])
         low = _scaled(g, b, scale)
@@ -116,12 +110,11 @@ class _AdaptedLinear(torch.autograd.Function):
             else:
                 dx.addmm_(low, a)
             dx = dx.view(shape)
-        if ctx.a_learns:
-            rows = rows if up is None else silu_gate(rows, up).view(-1, rows.shape[-1])
-            da = _product(low.T, dropped(rows, p, seed), a_type)
+        if ctx.needs_input_grad[1]:
+            da = _product(low.T, dropped(rows_from(ctx.maker, kept), p, seed), a_type)
         if inner is not None:
             db = _product(g.T, inner, b_type)
-        return dx, None, None, da, db, None, None, None, None, None, None, None
+        return dx, da, db, None, None, None, None, None, None, None
 
 
 def _scaled(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:

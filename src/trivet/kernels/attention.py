@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from trivet.kernels.dropout import keep, zero
+from trivet.kernels.heap import empty
 from trivet.kernels.product import unrounded, widens
 from trivet.kernels.softmax import softmax, softmax_backward
 
@@ -68,7 +69,7 @@ class _Attention(torch.autograd.Function):
         shared = heads // key.shape[1]
         q = query.reshape(-1, shared, length, width)
         k, v = (t.reshape(-1, *t.shape[2:]) for t in (key, value))
-        out = q.new_empty(batch, length, heads, v.shape[-1])
+        out = empty(batch, length, heads, v.shape[-1], like=q)
         by_head = out.view(batch, length, -1, shared, v.shape[-1])
         random, share = _random(seed), 1 / (1 - dropout)
         weighted = v if random is None else v * share

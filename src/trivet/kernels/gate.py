@@ -1,28 +1,31 @@
-"""The gated activation of Llama's and its relatives' feed-forward layers (Shazeer 2020, arXiv 2002.05202), on GPUs."""
+"""The gated activation of Llama's and its relatives' feed-forward layers (Shazeer 2020, arXiv 2002.05202)."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd.function import once_differentiable
 
 from trivet.kernels import fused
+from trivet.kernels.heap import empty
+from trivet.kernels.recipe import carries
 
 
 def silu_gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """SiLU(gate) · up, computed in float32. Both of one shape, on a GPU; they alone are kept for the backward pass.
+    """SiLU(gate) · up, both of one shape; they alone are kept for the backward pass.
 
-    The result says in `made_of` what it is made of, so that who would keep it can keep these, which are kept anyway;
-    and its version then, as it may be changed in place.
+    On GPUs with Triton it is computed in float32 and rounded once, elsewhere as torch does, SiLU rounded too.
     """
-    gate, up = gate.contiguous(), up.contiguous()
-    out = _SiLUGate.apply(gate, up)
-    out.made_of = gate.detach(), up.detach(), out._version
-    return out
+    if fused.fuses(gate):
+        gate, up = gate.contiguous(), up.contiguous()
+        return carries(_FusedSiLUGate.apply(gate, up), fused.silu_gate, gate, up)
+    again = _Again()
+    return carries(_SiLUGate.apply(gate, up, again), again, gate, up)
 
 
-class _SiLUGate(torch.autograd.Function):
+class _FusedSiLUGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Any, up: Any) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
@@ -32,3 +35,33 @@ class _SiLUGate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Any) -> Any:
         return fused.silu_gate_backward(grad.contiguous(), *ctx.saved_tensors)
+
+
+class _SiLUGate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Any, up: Any, again: Any) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.again = again
+        return torch.ops.aten.silu.out(gate, out=empty(*gate.shape, like=gate)).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Any) -> Any:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), ctx.again.silu(gate).mul_(grad), None
+
+
+class _Again:
+    """SiLU(gate) · up made again for the layer that reads it, whose backward pass comes first: SiLU is then known."""
+
+    def __init__(self) -> None:
+        self.known: torch.Tensor | None = None
+
+    def __call__(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        self.known = nn.functional.silu(gate)
+        return self.known * up
+
+    def silu(self, gate: torch.Tensor) -> torch.Tensor:
+        """SiLU(gate), the caller's to change."""
+        known, self.known = self.known, None
+        return nn.functional.silu(gate) if known is None else known

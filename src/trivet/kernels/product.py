@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 
+from trivet.kernels.heap import empty
+
 #: Entries of a large matrix that are widened at a time: 4 MiB, about a core's share of the cache.
 _PART = 2**20
 #: Below so many rows torch's own product of a 16-bit x Wᵀ is no slower, as it reads W once and in 16 bits.
 _FEW = 8
+_WIDE = torch.empty(0)
 
 
 @functools.cache
@@ -53,7 +56,7 @@ def mm(
         return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
     out = a.new_empty(len(a), b.shape[1]) if out is None else out
     with unrounded():
-        _widened(a.float(), b, bias, by_column, out)
+        _widened(widened(a), b, bias, by_column, out)
     return out
 
 
@@ -63,10 +66,10 @@ def _widened(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, by_col
     if by_column:
         for start in range(0, b.shape[1], step):
             some = slice(start, start + step)
-            total = a @ b[:, some].float()
+            total = _product(a, b[:, some])
             out[:, some] = total if bias is None else total.add_(bias[some])
         return
-    total = a[:, :step] @ b[:step].float()
+    total = _product(a[:, :step], b[:step])
     for start in range(step, len(b), step):
         some = slice(start, start + step)
         total.addmm_(a[:, some], b[some].float())
@@ -78,7 +81,17 @@ def addmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if not widens(y):
         return y.addmm_(a, b)
     with unrounded():
-        return y.add_(a.float() @ b.float())
+        return y.add_(_product(a.float(), b))
+
+
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """x in float32."""
+    return empty(*x.shape, like=_WIDE).copy_(x)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a b for a float32 a."""
+    return torch.mm(a, b.float(), out=empty(len(a), b.shape[1], like=a))
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

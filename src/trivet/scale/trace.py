@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trivet.adapter.attach import attach
 from trivet.adapter.layers import AdaptedLayer, adapted_layers
 from trivet.fast import fused_norm
-from trivet.kernels.cross_entropy import CHUNK
+from trivet.kernels.cross_entropy import GPU_CHUNK, held_at_once
 from trivet.methods import Method
 from trivet.scale.adapter import give_form
 
@@ -47,7 +47,8 @@ class Trace:
         recomputed: FLOPs that activation checkpointing adds.
         kept: bytes that autograd keeps for the backward pass.
         kept_with_checkpointing: likewise, with activation checkpointing: every block's input, and one block's tensors.
-        working: bytes of the largest thing that is held for a moment: a chunk of logits.
+        working: bytes of the largest thing that is held for a moment: a chunk of logits (on GPUs without Triton also in
+            float32).
     """
 
     tokens: int
@@ -134,7 +135,7 @@ def trace(
         task: causal-lm, seq2seq, classification or regression.
         rows, length: of the micro-batch; an encoder-decoder reads and writes `length` tokens.
         learned: share of the tokens that are supervised: the output head reads these alone.
-        cpu: with the norms that trivet has on CPUs.
+        cpu: with the norms and the chunks of logits that trivet has on CPUs.
         adapter: arguments of `attach`.
     """
     own = sum(p.numel() for p in base.parameters())
@@ -179,7 +180,8 @@ def trace(
         product = 2 * supervised * width * head.out_features
         forward, backward = forward + product, backward + product
         total += supervised * width * size
-        working = CHUNK * (4 + (size if size < 4 else 0))
+        held = min(supervised * head.out_features, held_at_once(size) if cpu else GPU_CHUNK)
+        working = held * (4 + (size if size < 4 else 0))
     return Trace(
         tokens=rows * length,
         parameters=own,
