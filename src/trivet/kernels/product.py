@@ -19,7 +19,7 @@ from trivet.kernels.heap import empty
 _PART = 2**20
 #: Below so many rows torch's own product of a 16-bit x Wᵀ is no slower, as it reads W once and in 16 bits.
 _FEW = 8
-_WIDE = torch.empty(0)
+_FLOAT32 = torch.empty(0)
 
 
 @functools.cache
@@ -56,7 +56,8 @@ def mm(
         return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
     out = a.new_empty(len(a), b.shape[1]) if out is None else out
     with unrounded():
-        _widened(widened(a), b, bias, by_column, out)
+        wide = empty(*a.shape, like=_FLOAT32).copy_(a)
+        _widened(wide, b, bias, by_column, out)
     return out
 
 
@@ -82,11 +83,6 @@ def addmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return y.addmm_(a, b)
     with unrounded():
         return y.add_(_product(a.float(), b))
-
-
-def widened(x: torch.Tensor) -> torch.Tensor:
-    """x in float32."""
-    return empty(*x.shape, like=_WIDE).copy_(x)
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
