@@ -9,6 +9,7 @@ from pathlib import Path
 
 import auto
 import cuts
+import order
 import pareto
 import plan_table
 import processors_table
@@ -45,6 +46,8 @@ def figures() -> str:
         parts += ["", "### What `auto` keeps (TREC, MiniLM-L6, a figure a seed)", "", auto.table(lines(auto.RESULTS))]
     if cuts.RESULTS.exists():
         parts += ["", "### What a cut after training costs", "", cuts.table(lines(cuts.RESULTS)), "", cuts.CAPTION]
+    if order.RESULTS.exists():
+        parts += ["", "### The order of the rows", "", order.table(lines(order.RESULTS)), "", order.CAPTION]
     shrink = HERE / "results" / "shrink.jsonl"
     if shrink.exists():
         parts += [

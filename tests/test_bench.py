@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from trivet.methods import find_method
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import cuts
+import order
 import page
 import pareto
 import processors_table
@@ -402,8 +404,8 @@ def test_the_pages_are_what_the_results_say() -> None:
 
 def test_a_measured_cut_is_the_one_that_auto_makes(loaded: Any) -> None:
     longer = replace(loaded, task=replace(loaded.task, steps=40))
-    row = cuts.measure(longer, 1, 1e-2)
-    made = quality.run(longer, CANDIDATES["auto"], 1, 1e-2, 2.0)
+    row = cuts.measure(longer, 0, 1e-2)
+    made = quality.run(longer, CANDIDATES["auto"], 0, 1e-2, 2.0)
     left = cuts.kept(row, "d + e ≤ t / 2")
     assert 0.1 < left["share"] < 1
     assert len({cut["test"] for cut in row["cuts"]}) == len(cuts.SHARES)
@@ -420,3 +422,26 @@ def test_what_each_rule_would_keep_of_a_cut() -> None:
     better = {**row, "cuts": [{**made[0], "looked": [0.2, 0.2]}, *made[1:]]}
     assert [cuts.kept(better, rule)["share"] for rule in cuts.RULES] == [0.25, 0.25, 0.5, 0.25, 0.5]
     assert cuts.table([row]).splitlines()[2].startswith("| SST-2 (MiniLM-L6), 0 | 0.000 | 1.000 | 2.000 |")
+
+
+# -- the order of the rows ------------------------------------------------------------------------------------
+
+
+def test_orders_differ_in_nothing_else(loaded: Any) -> None:
+    rows = {name: order.measure(loaded, 1, name, 1e-2, 2.0) for name in order.ORDERS}
+    assert len({row["validation"]["loss"] for row in rows.values()}) == 3
+    assert rows["shuffled"]["padding"] <= rows["random"]["padding"]
+    lengths = [1 + i % 40 for i in range(640)]
+    steps = {name: [lengths[i] for i in order.sampler(name)(lengths, 4, 1)][::4] for name in order.ORDERS}
+    falls = {name: sum(a >= b for a, b in itertools.pairwise(longest)) for name, longest in steps.items()}
+    assert falls["sorted"] > 150 > 110 > max(falls["shuffled"], falls["random"])  # of 159
+
+
+def test_orders_are_compared_seed_by_seed() -> None:
+    rows = [
+        {"task": "sst2", "order": name, "seed": seed, "test": {"loss": seed + extra}, "padding": extra}
+        for name, extra in (("shuffled", 0.0), ("sorted", 0.25), ("random", 0.5))
+        for seed in (0, 1)
+    ]
+    line = "| SST-2 (MiniLM-L6) | 2 | 0.5000 | +0.2500 ± 0.0000 | +0.5000 ± 0.0000 | 0% | 50% |"
+    assert order.table([*rows, {**rows[0], "seed": 2}]).splitlines()[2:] == [line]

@@ -147,7 +147,9 @@ class TrainingConfig:
         True, "keep memory that a step freed for the next one, on Linux with glibc: fewer page faults"
     )
     packing: bool = option(
-        False, "put a batch's rows behind each other instead of padding them; none sees another (causal models)"
+        False,
+        "put a batch's rows behind each other instead of padding them; none sees another, and rows of any length meet "
+        "(causal models)",
     )
     max_tokens_per_batch: int | None = option(
         None, "batches of at most so many tokens, padding included, instead of batch_size rows", at_least=1

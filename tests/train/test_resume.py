@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -260,6 +261,21 @@ def test_batches_hold_rows_of_similar_length() -> None:
     order = list(LengthSampler(lengths, 8, seed=0))
     spread = [max(b) - min(b) for b in ([lengths[i] for i in order[k : k + 8]] for k in range(0, 800, 8))]
     assert sum(spread) / len(spread) < 10  # of 49; unsorted it would be about 39
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("rows", [800, 805, 43, 3])
+def test_the_longest_row_comes_first_and_steps_come_in_no_order_of_length(rows: int, packed: bool) -> None:
+    lengths = [1 + i % 50 for i in range(rows - 1)] + [51]
+    sampler = LengthSampler(lengths, 8, seed=0, packed=packed)
+    order = list(sampler)
+    assert order[0] == rows - 1
+    sampler.set_epoch(1)
+    later = list(sampler)
+    for steps in (order[8:], later):
+        means = [sum(lengths[i] for i in steps[k : k + 8]) / 8 for k in range(0, len(steps) - 7, 8)]
+        falls = [a > b for a, b in itertools.pairwise(means)]
+        assert len(falls) < 10 or 0.3 < sum(falls) / len(falls) < 0.7  # sorted, nearly all would
 
 
 # -- the best checkpoint -------------------------------------------------------------------------------------

@@ -10,14 +10,26 @@ from itertools import islice
 from typing import Any
 
 import torch
-from transformers.trainer_pt_utils import get_length_grouped_indices
+
+#: Steps whose rows are sorted together: more would leave less padding, but make the same rows meet in every pass.
+_SORTED = 50
 
 
 class LengthSampler(torch.utils.data.Sampler[int]):
-    """Rows of similar length follow each other; the longest comes first, so memory trouble shows at once."""
+    """Rows of similar length are in one step, and the steps are in random order.
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+    The rows are shuffled, sorted by length some steps' worth at a time, and cut into steps, which are shuffled (not in
+    transformers' sampler, where a short training goes from the longest rows to the shortest). The very first step has
+    the longest row, so memory trouble shows at once.
+
+    Args:
+        lengths: tokens of every row.
+        step: rows that an optimizer step learns from, over all its micro-batches and processes.
+        packed: whether rows are put behind each other: without padding a step may as well have rows of any length.
+    """
+
+    def __init__(self, lengths: Sequence[int], step: int, seed: int, *, packed: bool = False) -> None:
+        self.lengths, self.step, self.seed, self.packed, self.epoch = lengths, step, seed, packed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer before each pass, also when it resumes in the middle of one."""
@@ -28,14 +40,28 @@ class LengthSampler(torch.utils.data.Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+        rows = torch.randperm(len(self), generator=generator).tolist()
+        if self.epoch == 0:
+            longest = max(range(len(self)), key=lambda i: self.lengths[rows[i]])
+            rows[0], rows[longest] = rows[longest], rows[0]
+        if self.packed:
+            return iter(rows)
+        together = self.step * max(1, min(_SORTED, len(self) // (4 * self.step)))  # of few rows, not all
+        for i in range(0, len(self), together):
+            rows[i : i + together] = sorted(rows[i : i + together], key=lambda row: -self.lengths[row])
+        order = torch.randperm(len(self) // self.step, generator=generator).tolist()
+        if self.epoch == 0:
+            order.sort(key=bool)  # the first of the sorted steps stays the first
+        whole = [row for i in order for row in rows[i * self.step : (i + 1) * self.step]]
+        return iter(whole + rows[len(whole) :])
 
 
 class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
     """Batches of rows that hold at most so many tokens, padding included (but one row at least).
 
     Which rows go together is decided once, from their lengths and the seed, so every epoch has as many steps; their
-    order changes with the epoch. The very first batch is that of the longest rows, so memory trouble shows at once.
+    order changes with the epoch. Padded rows are of similar length; packed ones come as they are shuffled, but for the
+    longest. The very first batch is that of the longest row, so memory trouble shows at once.
 
     Args:
         lengths: tokens of every row, as they are padded.
@@ -48,7 +74,8 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
         shuffled = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
         self.batches: list[list[int]] = []
         held = longest = 0
-        for row in sorted(shuffled, key=lambda i: -lengths[i]):
+        first = max(shuffled, key=lambda i: lengths[i], default=0)
+        for row in sorted(shuffled, key=lambda i: i != first if packed else -lengths[i]):
             held += lengths[row] if packed else longest  # what the batch would hold with this row
             if self.batches and held <= budget:
                 self.batches[-1].append(row)
@@ -66,7 +93,7 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         order = torch.randperm(len(self.batches), generator=torch.Generator().manual_seed(self.seed + self.epoch))
         batches = [self.batches[i] for i in order.tolist()]
-        if self.epoch == 0:  # rows are sorted by length, so the first batch has the longest
+        if self.epoch == 0:
             batches.sort(key=lambda batch: batch is not self.batches[0])
         return iter(batches)
 

@@ -123,7 +123,8 @@ class Trainer(CheckpointTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthSampler:
         rows = self.train_dataset if train_dataset is None else train_dataset
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthSampler([len(row["input_ids"]) for row in rows], step, self.args.seed)
+        lengths = [len(row["input_ids"]) for row in rows]
+        return LengthSampler(lengths, step, self.args.seed, packed=self.collator.packed)
 
     def get_train_dataloader(self) -> Any:
         """Batches of this process's share of the training rows."""

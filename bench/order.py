@@ -1,0 +1,143 @@
+"""Does it matter in which order the rows come? `python bench/order.py --data FOLDER`.
+
+Plain LoRA of r = 4 at the learning rate that `bench/quality.py` chose for it, in float32, with three orders: steps of
+rows of similar length as trivet shuffles them, as transformers' sampler leaves them (of 50 steps the one with the
+longest rows comes first), and rows at random. Appends a line a run to bench/results/order.jsonl; what is there already
+is skipped, `--shard 0/2` and `--shard 1/2` share the seeds of a task, and `--table` prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import quality
+from quality_table import append, chosen, lines, read
+from quality_tasks import CANDIDATES, TASKS, Loaded, load_task
+from versions import processor, versions
+
+RESULTS = Path(__file__).resolve().parent / "results" / "order.jsonl"
+CANDIDATE = CANDIDATES["lora-r4"]
+ORDERS = ("shuffled", "sorted", "random")
+DEFAULT_TASKS = ("trec-head", "banking", "stsb", "stories-e2e")
+CAPTION = (
+    "Plain LoRA of r = 4: its test loss, mean over seeds, where steps of rows of similar length come in random order; "
+    "then how much higher it is in the other orders, seed by seed, mean ± standard error; and the share of tokens that "
+    "are padding, in the steps of seed 0."
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder of the task files")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(DEFAULT_TASKS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--shard", default="0/1", help="this process's part of the seeds, e.g. 0/2")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="only print what is there, as Markdown")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(table(lines(arguments.results)))
+        return
+    if arguments.data is None:
+        parser.error("--data is needed: the folder of the task files")
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # read when torch is imported
+    tuned = read(quality.RESULTS)
+    for name in arguments.tasks:
+        loaded, best = None, chosen(tuned, TASKS[name], CANDIDATE)
+        if best is None:
+            parser.error(f"{name}: bench/quality.py has chosen no learning rate for plain LoRA there yet")
+        for seed in quality.shard(arguments.seeds, arguments.shard):
+            for order in ORDERS:
+                done = lines(arguments.results) if arguments.results.exists() else []
+                if any((row["task"], row["seed"], row["order"]) == (name, seed, order) for row in done):
+                    continue
+                loaded = loaded or load_task(replace(TASKS[name], dtype="float32"), arguments.data)
+                row = measure(loaded, seed, order, *best)
+                append(arguments.results, row)
+                print(name, seed, order, row["validation"], f"{row['train_seconds']:.0f} s", flush=True)
+
+
+def measure(loaded: Loaded, seed: int, order: str, rate: float, scale: float) -> dict[str, Any]:
+    """One run with its steps in `order`."""
+    from trivet.train import trainer
+
+    ours = trainer.LengthSampler
+    trainer.LengthSampler = sampler(order)  # type: ignore[misc]
+    try:
+        row = quality.run(loaded, CANDIDATE, seed, rate, scale)
+    finally:
+        trainer.LengthSampler = ours  # type: ignore[misc]
+    kept = ("task", "method", "seed", "learning_rate", "steps", "validation", "test", "failed", "train_seconds")
+    return {
+        "order": order, **{name: row[name] for name in kept}, "padding": padding(loaded, seed, order),
+        "dtype": loaded.task.dtype, "processor": processor(), "versions": versions(),
+    }  # fmt: skip
+
+
+def sampler(order: str) -> Any:
+    """`LengthSampler` with its steps in `order`."""
+    import torch
+    from transformers.trainer_pt_utils import get_length_grouped_indices
+
+    from trivet.train.sampler import LengthSampler
+
+    class Ordered(LengthSampler):
+        def __iter__(self) -> Iterator[int]:
+            generator = torch.Generator().manual_seed(self.seed + self.epoch)
+            if order == "sorted":
+                return iter(get_length_grouped_indices(self.lengths, self.step, generator=generator))
+            if order == "random":
+                return iter(torch.randperm(len(self.lengths), generator=generator).tolist())
+            return super().__iter__()
+
+    return Ordered
+
+
+def padding(loaded: Loaded, seed: int, order: str) -> float:
+    """The share of padding in a run's batches."""
+    size, rows = loaded.task.batch_size, [len(row["input_ids"]) for row in loaded.train_rows]
+    made, held, epoch = sampler(order)(rows, size, seed), [], 0
+    while len(held) < loaded.task.steps:
+        made.set_epoch(epoch)
+        lengths = [rows[i] for i in made]
+        held += [lengths[i : i + size] for i in range(0, len(lengths), size)]
+        epoch += 1
+    held = held[: loaded.task.steps]
+    return round(1 - sum(map(sum, held)) / sum(len(batch) * max(batch) for batch in held), 4)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line a task."""
+    rendered = [
+        "| task | seeds | shuffled | sorted | random | padding: grouped | random |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in TASKS:
+        found = {(row["order"], row["seed"]): row for row in rows if row["task"] == name}
+        seeds = sorted(seed for seed in {seed for _, seed in found} if all((order, seed) in found for order in ORDERS))
+        if not seeds:
+            continue
+        losses = {order: [found[order, seed]["test"]["loss"] for seed in seeds] for order in ORDERS}
+        apart = [difference(losses[order], losses["shuffled"]) for order in ORDERS[1:]]
+        padded = [f"{found[order, seeds[0]]['padding']:.0%}" for order in ("shuffled", "random")]
+        cells = [TASKS[name].title, str(len(seeds)), f"{statistics.fmean(losses['shuffled']):.4f}", *apart, *padded]
+        rendered.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rendered)
+
+
+def difference(one: list[float], other: list[float]) -> str:
+    """The mean of the paired differences, and its standard error."""
+    apart = [a - b for a, b in zip(one, other, strict=True)]
+    error = f" ± {statistics.stdev(apart) / len(apart) ** 0.5:.4f}" if len(apart) > 1 else ""
+    return f"{statistics.fmean(apart):+.4f}{error}"
+
+
+if __name__ == "__main__":
+    main()
