@@ -242,7 +242,7 @@ def _row(group: Group, reference: Group | None) -> str:
         return f"| {' | '.join(cells)} | | | |"
     ratio = group.parameters / reference.parameters
     cells.append(reference.candidate.name + (f" × {ratio:.2g}" if abs(math.log(ratio)) > math.log(1.1) else ""))
-    cells += [_difference(differences(group, reference, metric)) for metric in ("loss", task.metric)]
+    cells += [difference(differences(group, reference, metric)) for metric in ("loss", task.metric)]
     return f"| {' | '.join(cells)} |"
 
 
@@ -251,7 +251,8 @@ def _spread(values: list[float]) -> str:
     return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
 
 
-def _difference(values: list[float]) -> str:
+def difference(values: list[float]) -> str:
+    """The mean of paired differences with its 95% interval, where there are enough for one."""
     if not values:
         return "no seed in common"
     mean, half = interval(values)

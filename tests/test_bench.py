@@ -439,9 +439,11 @@ def test_orders_differ_in_nothing_else(loaded: Any) -> None:
 
 def test_orders_are_compared_seed_by_seed() -> None:
     rows = [
-        {"task": "sst2", "order": name, "seed": seed, "test": {"loss": seed + extra}, "padding": extra}
+        {"task": "sst2", "order": name, "seed": seed, "test": {"loss": seed + extra}, "padding": extra, "failed": None}
         for name, extra in (("shuffled", 0.0), ("sorted", 0.25), ("random", 0.5))
-        for seed in (0, 1)
+        for seed in (0, 1, 2)
     ]
-    line = "| SST-2 (MiniLM-L6) | 2 | 0.5000 | +0.2500 ± 0.0000 | +0.5000 ± 0.0000 | 0% | 50% |"
-    assert order.table([*rows, {**rows[0], "seed": 2}]).splitlines()[2:] == [line]
+    apart = "+0.2500 [+0.2500, +0.2500] | +0.5000 [+0.5000, +0.5000]"
+    line = f"| SST-2 (MiniLM-L6) | 3 | 1.0000 | {apart} | 0% | 50% |"
+    unpaired, failed = {**rows[0], "seed": 3}, [{**row, "seed": 4, "failed": "why", "test": None} for row in rows]
+    assert order.table([*rows, unpaired, *failed]).splitlines()[2:] == [line]

@@ -42,8 +42,7 @@ class LengthSampler(torch.utils.data.Sampler[int]):
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         rows = torch.randperm(len(self), generator=generator).tolist()
         if self.epoch == 0:
-            longest = max(range(len(self)), key=lambda i: self.lengths[rows[i]])
-            rows[0], rows[longest] = rows[longest], rows[0]
+            _longest_first(rows, self.lengths)
         if self.packed:
             return iter(rows)
         together = self.step * max(1, min(_SORTED, len(self) // (4 * self.step)))  # of few rows, not all
@@ -71,11 +70,14 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
 
     def __init__(self, lengths: Sequence[int], budget: int, seed: int, *, packed: bool = False) -> None:
         self.seed, self.epoch = seed, 0
-        shuffled = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
+        rows = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
+        if packed:
+            _longest_first(rows, lengths)
+        else:
+            rows.sort(key=lambda row: -lengths[row])
         self.batches: list[list[int]] = []
         held = longest = 0
-        first = max(shuffled, key=lambda i: lengths[i], default=0)
-        for row in sorted(shuffled, key=lambda i: i != first if packed else -lengths[i]):
+        for row in rows:
             held += lengths[row] if packed else longest  # what the batch would hold with this row
             if self.batches and held <= budget:
                 self.batches[-1].append(row)
@@ -96,6 +98,13 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
         if self.epoch == 0:
             batches.sort(key=lambda batch: batch is not self.batches[0])
         return iter(batches)
+
+
+def _longest_first(rows: list[int], lengths: Sequence[int]) -> None:
+    """Exchange the first of `rows` for the longest."""
+    if rows:
+        at = max(range(len(rows)), key=lambda i: lengths[rows[i]])
+        rows[0], rows[at] = rows[at], rows[0]
 
 
 class Share(torch.utils.data.Sampler[list[int]]):
