@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -19,6 +20,13 @@ if shutil.which("nvidia-smi") is None:
 
 settings.register_profile("repeatable", derandomize=True)  # the same examples every time; fuzz.py draws others
 settings.load_profile("repeatable")
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made stays, so no collection need look at it again: they are many, and it is a lot."""
+    gc.collect()
+    gc.freeze()
+
 
 #: Real data and tokenizers beside the checkout; tests that need them skip where they are absent.
 SHARED = Path(__file__).resolve().parents[2] / "shared"

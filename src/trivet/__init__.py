@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from trivet.garbage import uncollected
+
 __version__ = "0.1.0"
 
 _HOME = {
@@ -45,7 +47,8 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'trivet' has no attribute '{name}'")
-    return getattr(import_module(_HOME[name]), name)
+    with uncollected():
+        return getattr(import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import operator
 import sys
 import types
@@ -25,12 +26,14 @@ from trivet.safeyaml import LONGEST, Dumper, Loader, parse, reason, value_of
 Located = tuple[Any, str]
 
 
+@functools.cache
 def sections() -> dict[str, type]:
     """The nested sections of `Config`, in order."""
     hints = typing.get_type_hints(Config)
     return {f.name: hints[f.name] for f in fields(Config) if is_dataclass(hints[f.name])}
 
 
+@functools.cache
 def keys() -> dict[str, tuple[Field, Any]]:
     """Every settable key ("training.batch_size", "output_dir") with its field and type."""
     found: dict[str, tuple[Field, Any]] = {}

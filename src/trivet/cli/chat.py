@@ -9,6 +9,7 @@ import typer
 
 from trivet.cli.app import verb
 from trivet.errors import ModelError
+from trivet.garbage import uncollected
 
 
 def register(app: typer.Typer) -> None:
@@ -22,10 +23,11 @@ def register(app: typer.Typer) -> None:
         base_model: Annotated[str, typer.Option(help="where the adapter does not say which it belongs to")] = "",
     ) -> None:
         """Talk with the model. An empty line or Ctrl-D ends, /reset starts anew."""
-        from trivet.data.detect import Example
-        from trivet.data.encode import TextEncoder
-        from trivet.evaluate.generate import generate
-        from trivet.session import reopen
+        with uncollected():
+            from trivet.data.detect import Example
+            from trivet.data.encode import TextEncoder
+            from trivet.evaluate.generate import generate
+            from trivet.session import reopen
 
         session = reopen(adapter, base_model=base_model or None)
         encoder = session.encoder

@@ -10,6 +10,7 @@ from trivet.cli.app import verb
 from trivet.cli.measuring import ALL_ROWS, BatchSize, MaxGenerateRows, MaxNewTokens, MaxRows, NoGenerate, Output
 from trivet.cli.train import show
 from trivet.errors import ConfigError
+from trivet.garbage import uncollected
 
 
 def register(app: typer.Typer) -> None:
@@ -33,9 +34,10 @@ def register(app: typer.Typer) -> None:
         """Compare each with the first on the same rows: paired differences with 95% intervals, and a verdict."""
         if output is not None and output.is_dir():
             raise ConfigError(f"--output {output}: is a folder; name a file")
-        from trivet.comparison import compare_adapters
-        from trivet.evaluate.measure import Settings
-        from trivet.runfolder import storage, write_json
+        with uncollected():
+            from trivet.comparison import compare_adapters
+            from trivet.evaluate.measure import Settings
+            from trivet.runfolder import storage, write_json
 
         found = compare_adapters(
             candidates,

@@ -9,6 +9,7 @@ import typer
 
 from trivet.cli.app import verb
 from trivet.cli.inspect import table
+from trivet.garbage import uncollected
 
 if TYPE_CHECKING:
     from trivet.compression import Compression
@@ -26,7 +27,8 @@ def register(app: typer.Typer) -> None:
         max_rows: Annotated[int, typer.Option(min=2, help="at most so many rows of --data")] = 256,
     ) -> None:
         """Keep an adapter's most valuable directions within a parameter budget, and show what other budgets would."""
-        from trivet.compression import compress_adapter
+        with uncollected():
+            from trivet.compression import compress_adapter
 
         done = compress_adapter(
             adapter, budget, output=output, data=data or None, base_model=base_model or None, max_rows=max_rows

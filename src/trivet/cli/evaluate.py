@@ -10,6 +10,7 @@ import typer
 from trivet.cli.app import verb
 from trivet.cli.measuring import ALL_ROWS, BatchSize, MaxGenerateRows, MaxNewTokens, MaxRows, NoGenerate, Output
 from trivet.cli.train import show
+from trivet.garbage import uncollected
 
 
 def register(app: typer.Typer) -> None:
@@ -27,8 +28,9 @@ def register(app: typer.Typer) -> None:
         output: Output = None,
     ) -> None:
         """Measure base and tuned on the same rows, with 95% intervals; a run folder's result.json is updated."""
-        from trivet.evaluate.measure import Settings
-        from trivet.evaluation import evaluate_adapter
+        with uncollected():
+            from trivet.evaluate.measure import Settings
+            from trivet.evaluation import evaluate_adapter
 
         settings = Settings(
             batch_size=batch_size,

@@ -9,6 +9,7 @@ import typer
 
 from trivet.cli.app import verb
 from trivet.cli.merge import free_target
+from trivet.garbage import uncollected
 
 
 def register(app: typer.Typer) -> None:
@@ -23,9 +24,10 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Write the adapter as native (true ranks) or portable (one rank and alpha for all layers, zero-padded)."""
         free_target(output, overwrite)
-        from trivet.adapter.save import check_form
-        from trivet.adapter.save import export as write_export
-        from trivet.session import reopen
+        with uncollected():
+            from trivet.adapter.save import check_form
+            from trivet.adapter.save import export as write_export
+            from trivet.session import reopen
 
         check_form(format)
         session = reopen(adapter, base_model=base_model or None)

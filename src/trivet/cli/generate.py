@@ -10,6 +10,7 @@ import typer
 
 from trivet.cli.app import verb
 from trivet.errors import ConfigError
+from trivet.garbage import uncollected
 
 
 def register(app: typer.Typer) -> None:
@@ -31,8 +32,9 @@ def register(app: typer.Typer) -> None:
             prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
         if not prompts:
             raise ConfigError("nothing to answer: give --prompt, or lines on standard input")
-        from trivet.api import LoRAModel
-        from trivet.session import LABELLED
+        with uncollected():
+            from trivet.api import LoRAModel
+            from trivet.session import LABELLED
 
         model = LoRAModel.load(adapter, base_model=base_model or None)
         if model.session.base.task in LABELLED:

@@ -10,6 +10,7 @@ import typer
 
 from trivet.cli.app import verb
 from trivet.errors import ConfigError
+from trivet.garbage import uncollected
 
 if TYPE_CHECKING:
     from trivet.inspection import Inspection, LayerReport
@@ -33,9 +34,10 @@ def register(app: typer.Typer) -> None:
             raise ConfigError(f"--image {image}: name a file that ends in .png")
         if json is not None and json.is_dir():
             raise ConfigError(f"--json {json}: is a folder; name a file")
-        from trivet.inspection import inspect_adapter
-        from trivet.pictures import heat_maps
-        from trivet.runfolder import storage, write_json
+        with uncollected():
+            from trivet.inspection import inspect_adapter
+            from trivet.pictures import heat_maps
+            from trivet.runfolder import storage, write_json
 
         found = inspect_adapter(adapter, base_model=base_model or None)
         show(found, layers)

@@ -9,6 +9,7 @@ import typer
 
 from trivet.cli.app import verb
 from trivet.errors import ConfigError
+from trivet.garbage import uncollected
 
 
 def free_target(path: Path, overwrite: bool) -> Path:
@@ -34,8 +35,9 @@ def register(app: typer.Typer) -> None:
         if dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"--dtype {dtype}: choices are auto, float32, bfloat16, float16")
         free_target(output, overwrite)
-        from trivet.adapter.save import merge as write_merged
-        from trivet.session import reopen
+        with uncollected():
+            from trivet.adapter.save import merge as write_merged
+            from trivet.session import reopen
 
         session = reopen(adapter, base_model=base_model or None, dtype=dtype)
         _, proof = write_merged(session.model, output, session.probe(), tokenizer=session.tokenizer)

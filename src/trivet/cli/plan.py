@@ -8,6 +8,7 @@ import typer
 
 from trivet.cli.app import split_arguments, verb
 from trivet.cli.inspect import table
+from trivet.garbage import uncollected
 
 if TYPE_CHECKING:
     from trivet.scale.engines import Cost
@@ -30,7 +31,8 @@ def register(app: typer.Typer) -> None:
 
         path, overrides = split_arguments(arguments)
         config = load(path, overrides)
-        from trivet.scale.plan import plan as work_out  # imports torch: not before the config is right
+        with uncollected():
+            from trivet.scale.plan import plan as work_out  # imports torch: not before the config is right
 
         show(work_out(config, gpus=gpus, gpu=gpu, length=length or None, learned=learned, mfu=mfu))
 

@@ -9,6 +9,7 @@ import typer
 
 from trivet import processes
 from trivet.cli.app import split_arguments, verb
+from trivet.garbage import uncollected
 
 if TYPE_CHECKING:
     from trivet.evaluate.measure import Evaluation
@@ -33,7 +34,8 @@ def register(app: typer.Typer) -> None:
         if processes.first():  # as `run` does again, for those who call it from Python
             RunFolder(Path(config.output_dir)).check_free(resume=resume, overwrite=overwrite)
         splits = load_splits(config)
-        from trivet.run import train as run  # imports torch: not before config, folder and data are right
+        with uncollected():
+            from trivet.run import train as run  # imports torch: not before config, folder and data are right
 
         try:
             outcome = run(config, splits=splits, resume=resume, overwrite=overwrite, force=force)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trivet.cli.app import split_arguments, verb
+from trivet.garbage import uncollected
 
 if TYPE_CHECKING:
     from trivet.data.encode import Encoded
@@ -26,11 +27,12 @@ def register(app: typer.Typer) -> None:
         path, overrides = split_arguments(arguments)
         config = load(path, overrides)
         splits = load_splits(config)
-        from rich.console import Console
+        with uncollected():
+            from rich.console import Console
 
-        from trivet.memory import gib
-        from trivet.prepare import memory_needed, prepare  # imports torch: not before config and data are right
-        from trivet.schedule import planned_steps
+            from trivet.memory import gib
+            from trivet.prepare import memory_needed, prepare  # imports torch: not before config and data are right
+            from trivet.schedule import planned_steps
 
         ready = prepare(config, splits, Console(highlight=False))
         for index, row in enumerate(ready.train_rows[:rows]):

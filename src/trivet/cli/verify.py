@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from trivet.cli.app import verb
+from trivet.garbage import uncollected
 
 
 def register(app: typer.Typer) -> None:
@@ -19,7 +20,8 @@ def register(app: typer.Typer) -> None:
         base_model: Annotated[str, typer.Option(help="where an adapter does not say which it belongs to")] = "",
     ) -> None:
         """Check that an adapter or merged model is whole and loads; with --against, that both give the same logits."""
-        from trivet.verification import verify as run
+        with uncollected():
+            from trivet.verification import verify as run
 
         done = run(artefact, against, base_model=base_model or None)
         for found in done.artefacts:

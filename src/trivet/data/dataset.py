@@ -132,10 +132,9 @@ def _name(source: Any) -> str:
 
 def _rows(source: Any, split: str) -> Iterable[Row | BadRow]:
     if isinstance(source, str) and source == DOCSTRINGS and not Path(DOCSTRINGS).exists():
-        from trivet.data.docstrings import harvest, split_by_package
+        from trivet.data.docstrings import parts
 
-        parts = dict(zip(("train", "validation", "test"), split_by_package(harvest()), strict=True))
-        return [Row({k: row[k] for k in ("prompt", "completion")}, row["function"]) for row in parts[split]]
+        return [Row({k: row[k] for k in ("prompt", "completion")}, row["function"]) for row in parts()[split]]
     if isinstance(source, (str, Path)):
         return read(source, split)
     if isinstance(source, (list, tuple)) and source and all(isinstance(s, (str, Path)) for s in source):

@@ -7,6 +7,7 @@ same installed packages always give the same rows in the same order, whatever or
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import itertools
 import os
@@ -19,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from trivet.errors import DataError
+from trivet.garbage import uncollected
 
 INSTRUCTION = "Write the first sentence of this Python function's docstring."
 # Dependencies of trivet, so present wherever it is, whose functions mostly carry hand-written summaries.
@@ -73,6 +75,11 @@ def harvest(
     """
     roots = [Path(sysconfig.get_path(key)) for key in ("purelib", "platlib")] if site is None else site
     roots = list(dict.fromkeys(root.resolve() for root in roots))
+    with uncollected():  # syntax trees are large, and end by themselves
+        return _harvest(roots, max_source_chars, limit_per_package)
+
+
+def _harvest(roots: Sequence[Path], max_source_chars: int, limit_per_package: int) -> list[Row]:
     rows: list[Row] = []
     prompts: set[str] = set()
     completions: Counter[str] = Counter()
@@ -98,6 +105,15 @@ def harvest(
                 completions[completion] += 1
                 rows.append({"prompt": prompt, "completion": completion, "package": package, "function": function})
     return sorted(rows, key=lambda row: (row["package"], row["function"], row["prompt"]))
+
+
+@functools.cache
+def parts() -> dict[str, tuple[Row, ...]]:
+    """This environment's rows as `train`, `validation` and `test`; looked for once, as it takes 20 seconds."""
+    return {
+        name: tuple(rows)
+        for name, rows in zip(("train", "validation", "test"), split_by_package(harvest()), strict=True)
+    }
 
 
 def split_by_package(

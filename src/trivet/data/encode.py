@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
@@ -82,14 +82,11 @@ class TextEncoder:
         if tokenizer.eos_token_id is None:
             raise ConfigError("the tokenizer has no end-of-sequence token to learn to stop with; set its eos_token")
         self.tokenizer, self.task, self.max_length, self.loss_on = tokenizer, task, max_length, loss_on
-        own = None
-        if chat_template not in ("auto", "none"):
-            try:
-                own = Path(chat_template).read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise ConfigError(
-                    f"data.chat_template {chat_template}: auto, none, or a readable Jinja file: {error}"
-                ) from error
+        try:
+            own = None if chat_template in ("auto", "none") else Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            why = f"data.chat_template {chat_template}: auto, none, or a readable Jinja file: {error}"
+            raise ConfigError(why) from error
         self.chat = ChatTemplate(tokenizer, own)
         self.templated = chat_template != "none" and task == "causal-lm" and bool(own or tokenizer.chat_template)
         letter = tokenizer("a")["input_ids"]
@@ -139,11 +136,10 @@ class TextEncoder:
         ids = [] if self.templated else self._bos(rendered.text)
         learned = [False] * len(ids)
         edges = [0, *(edge for span in rendered.spans for edge in span), len(rendered.text)]
-        for index, (start, end) in enumerate(itertools.pairwise(edges)):
+        for index, piece in enumerate(self._pieces(rendered.text, edges)):
             in_span = index % 2 == 1
             if in_span and not ids:  # the answer to nothing follows an end of sequence, as in `prompt_ids`
                 ids, learned = [self.tokenizer.eos_token_id], [False]
-            piece = self._going_on(rendered.text[:start], rendered.text[start:end])
             ids += piece
             learned += [in_span] * len(piece)
         if rendered.needs_eos:
@@ -153,12 +149,17 @@ class TextEncoder:
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
-    def _going_on(self, before: str, text: str) -> list[int]:
-        """Ids of `text` after `before`: many tokenizers put a space where a text begins, some after a special token."""
-        special = (token for token in self.chat.special if before.endswith(token))
-        anchor = next(special, self.anchor) if before else ""
-        known, ids = self._ids(anchor), self._ids(anchor + text)
-        return ids[len(known) :] if ids[: len(known)] == known else self._ids(text)
+    def _pieces(self, text: str, edges: Sequence[int]) -> Iterator[list[int]]:
+        """Ids of the pieces of a text, in one call of the tokenizer: calling it takes as long as a row's text.
+
+        Many tokenizers put a space where a text begins, some after a special token, so a piece goes on after something.
+        """
+        pieces, tokens = [text[start:end] for start, end in itertools.pairwise(edges)], self.chat.special
+        anchors = [next((t for t in tokens if text.endswith(t, 0, e)), self.anchor) if e else "" for e in edges[:-1]]
+        texts = [*(a + p for a, p in zip(anchors, pieces, strict=True)), *anchors]
+        found = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        for piece, ids, known in zip(pieces, found, found[len(pieces) :], strict=False):
+            yield list(ids[len(known) :]) if ids[: len(known)] == known else self._ids(piece)
 
     def _bos(self, text: str) -> list[int]:
         return [] if self.bos and text.startswith(self.tokenizer.bos_token) else list(self.bos)

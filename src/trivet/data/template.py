@@ -22,6 +22,8 @@ PLAIN_CHAT = (
 
 
 def _common_prefix(a: str, b: str) -> str:
+    if a == b:
+        return a
     length = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     return a[:length]
 
@@ -91,7 +93,7 @@ class ChatTemplate:
             if message["role"] != "assistant":
                 continue
             content = str(message["content"]).strip()
-            so_far = self.text(messages[: index + 1], tools=tools)
+            so_far = text if index == len(messages) - 1 else self.text(messages[: index + 1], tools=tools)
             upto = _common_prefix(text, so_far)
             start = self._start(messages[: index + 1], tools, upto)
             at = upto.find(content, start)
