@@ -38,7 +38,7 @@ from versions import processor, versions
 HERE = Path(__file__).resolve().parent
 RESULTS = {"cpu": HERE / "results" / "speed.jsonl", "cuda": HERE / "results" / "speed_gpu.jsonl"}
 WARMUP = 2
-TRL = ("trivet", "trl", "trl-grouped", "trl-packed")
+TRL = ("trivet", "trivet-padded", "trl", "trl-grouped", "trl-packed")
 
 
 @dataclass(frozen=True)

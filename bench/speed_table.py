@@ -148,6 +148,7 @@ SHOWN = {
     "dense, cuda": "Llama of 1B parameters, 8 x 1,024 tokens, on a GPU",
 }
 NAMES = {
+    "trivet-padded": "trivet, rows padded and grouped by length",
     "peft-bf16": "PEFT, bfloat16",
     "peft-fp32": "PEFT, float32",
     "peft-best": "PEFT at its best settings",
@@ -174,6 +175,7 @@ CHINESE = {
     "MiniLM-L6, 16 rows of TREC": "MiniLM-L6，16 条 TREC 样本",
     "BART-base's size, 8 x (128 + 64) tokens": "BART-base 规模的模型，8 x (128 + 64) 个 token",
     "Llama of 1B parameters, 8 x 1,024 tokens, on a GPU": "1B 参数的 Llama，8 x 1,024 个 token，在 GPU 上",
+    "trivet, rows padded and grouped by length": "trivet，样本填充并按长度分组",
     "PEFT, bfloat16": "PEFT，bfloat16",
     "PEFT, float32": "PEFT，float32",
     "PEFT at its best settings": "PEFT，最佳设置",

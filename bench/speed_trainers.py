@@ -70,9 +70,12 @@ def places(warmup: int, measured: int) -> list[float]:
 def contents(batch: dict[str, Any]) -> dict[str, int]:
     """Rows, tokens without padding, and tokens (or rows) that are learned, in a batch as the model gets it.
 
-    A packed batch is one long row without a mask, in which every row's positions begin at 0.
+    A packed batch is one long row without a mask, in which every row's positions begin at 0. trivet's ends in padding.
     """
     ids, mask, labels = batch["input_ids"], batch.get("attention_mask"), batch["labels"]
+    if "cu_seq_lens_q" in batch:
+        *starts, end = batch["cu_seq_lens_q"].tolist()[:-1]
+        return {"rows": len(starts), "tokens": end, "supervised": int((labels[:, 1:] != -100).sum())}
     packed = mask is None and "position_ids" in batch
     rows = int((batch["position_ids"] == 0).sum()) if packed else len(ids)
     learned = labels.numel() if labels.dim() == 1 else int((labels[:, 1:] != -100).sum())
@@ -101,7 +104,7 @@ def drive(turns: Turns, trainer: Any, spec: dict[str, Any]) -> None:
 def run(turns: Turns, spec: dict[str, Any]) -> None:
     """The side that `spec` names."""
     with tempfile.TemporaryDirectory() as folder:
-        if spec["side"] == "trivet":
+        if spec["side"] in ("trivet", "trivet-padded"):
             trainer = trivet_trainer(turns, spec, Path(folder))
         elif spec["side"].startswith("trl"):
             trainer = trl_trainer(turns, spec, folder)
@@ -140,6 +143,7 @@ def trivet_trainer(turns: Turns, spec: dict[str, Any], folder: Path) -> Any:
             "data.validation": None,
             "data.chat_template": "none",  # as TRL, which puts none on prompt and completion
             "training.batch_size": spec["rows"],
+            "training.packing": False if spec["side"] == "trivet-padded" else None,
             "training.max_steps": spec["rounds"] + 1,
             "training.eval_steps": spec["rounds"] + 2,
             "output_dir": str(folder),

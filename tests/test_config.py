@@ -57,7 +57,7 @@ def another(name: str) -> Any:
         choice = field.metadata["choices"][-1]
         return [choice] if typing.get_origin(kind) is list else choice
     options = options_of(kind)
-    if kind is bool:
+    if bool in options:
         return not field.default
     if float in options:
         return 0.75

@@ -6,7 +6,7 @@ Every field is documented where it is declared; `trivet init` and the error mess
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trivet.methods import written
@@ -146,10 +146,10 @@ class TrainingConfig:
     keep_freed_memory: bool = option(
         True, "keep memory that a step freed for the next one, on Linux with glibc: fewer page faults"
     )
-    packing: bool = option(
-        False,
-        "put a batch's rows behind each other instead of padding them; none sees another, and rows of any length meet "
-        "(causal models)",
+    packing: bool | None = option(
+        None,
+        "put a batch's rows behind each other instead of padding them; none sees another, and rows of any length meet. "
+        "null means on CPUs, for causal models that can",
     )
     max_tokens_per_batch: int | None = option(
         None, "batches of at most so many tokens, padding included, instead of batch_size rows", at_least=1
@@ -198,6 +198,12 @@ class Config:
         check=written,
     )
     output_dir: str = option("runs/trivet", "the run folder: everything a run writes is inside it")
+
+    def as_decided(self, before: Config) -> Config:
+        """This config with what it leaves open as it was decided when the run `before` began."""
+        if self.training.packing is not None:
+            return self
+        return replace(self, training=replace(self.training, packing=before.training.packing))
 
 
 #: Names from Hugging Face and common trainers -> ours. They are accepted in any section and at the top level.

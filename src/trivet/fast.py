@@ -78,9 +78,15 @@ def _attend(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
     borders = kwargs.get("cu_seq_lens_q")
-    if borders is not None and len(query) == 1:
+    if borders is not None and len(query) == 1 and _says_no_more(attention_mask, borders):
         return _packed(query, key, value, borders, scaling, dropout), None
     return attention(query, key, value, attention_mask, causal=causal, scale=scaling, dropout=dropout), None
+
+
+def _says_no_more(mask: torch.Tensor | None, borders: torch.Tensor) -> bool:
+    """Whether a mask only keeps rows apart and is causal: that of a sliding window hides more."""
+    lengths = borders.diff().long()
+    return mask is None or int(torch.count_nonzero(mask)) == int((lengths * (lengths + 1) // 2).sum())
 
 
 def _packed(query: Any, key: Any, value: Any, borders: torch.Tensor, scale: float | None, dropout: float) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 from rich.console import Console
@@ -16,13 +16,13 @@ from trivet.data.encode import Encoded, Summary, encode_dataset
 from trivet.errors import ConfigError
 from trivet.memory import Estimate, estimate, free_memory
 from trivet.model import check_base
-from trivet.session import Session, begin, check_format
+from trivet.session import Session, begin, check_format, why_not_packed
 from trivet.splits import Splits
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything checked and encoded, nothing written yet."""
+    """Everything checked and encoded, nothing written yet; `config` says whether rows are packed."""
 
     config: Config
     splits: Splits
@@ -52,6 +52,8 @@ def prepare(config: Config, splits: Splits, console: Console) -> Prepared:
     train_rows, summary = encode_dataset(splits.train, session.encoder)
     for line in summary.lines():
         say(console, f"  {line}")
+    packing = _packs(config, session, train_rows, console)
+    config = replace(config, training=replace(config.training, packing=packing))
     validation_rows = None
     if splits.validation is not None:
         check_format(splits.validation, session.base.task)
@@ -73,6 +75,19 @@ def prepare(config: Config, splits: Splits, console: Console) -> Prepared:
             "training.gradient_checkpointing: true",
         )
     return ready
+
+
+def _packs(config: Config, session: Session, rows: list[Encoded], console: Console) -> bool:
+    """Whether a batch's rows are put behind each other. Where that is left open: if it costs nothing, as on CPUs."""
+    wanted = config.training.packing
+    if wanted is None and (session.base.task != "causal-lm" or session.base.device.type != "cpu"):
+        return False
+    reason = None if wanted is False else why_not_packed(session, rows)
+    if reason and wanted:
+        raise ConfigError(f"training.packing: {reason}; set it to false")
+    if reason:
+        say(console, f"  rows are padded, not packed: {reason}")
+    return wanted is not False and not reason
 
 
 def memory_needed(ready: Prepared) -> Estimate:

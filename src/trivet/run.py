@@ -96,9 +96,12 @@ def train(
         folder.check_free(resume=resume, overwrite=overwrite)
     processes.wait()
     checkpoint = _last(folder) if resume else None
-    if resume and processes.first():
-        then = processes_of(checkpoint) if checkpoint else processes.count()
-        check_same(config, load_config(folder.config), folder, then, force=force)
+    if resume:
+        before = load_config(folder.config)
+        config = config.as_decided(before)
+        if processes.first():
+            then = processes_of(checkpoint) if checkpoint else processes.count()
+            check_same(config, before, folder, then, force=force)
     processes.wait()
     ready = prepare(config, splits or load_splits(config, **datasets), console)
     if checkpoint is not None and not force:

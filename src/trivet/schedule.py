@@ -16,7 +16,7 @@ def token_batches(config: Config, rows: list[Encoded]) -> TokenBudgetSampler | N
         return None
     budget = settings.max_tokens_per_batch // MULTIPLE * MULTIPLE  # a batch of packed rows is rounded up as a whole
     lengths = [tokens_of(row, 1 if settings.packing else MULTIPLE) for row in rows]
-    return TokenBudgetSampler(lengths, budget, settings.seed, packed=settings.packing)
+    return TokenBudgetSampler(lengths, budget, settings.seed, packed=bool(settings.packing))
 
 
 def planned_steps(config: Config, rows: list[Encoded]) -> int:

@@ -18,7 +18,7 @@ from trivet.config import Config, TrainingConfig
 from trivet.data.batch import Collator, to_device
 from trivet.data.dataset import Dataset
 from trivet.data.encode import IGNORE, Encoded, LabelEncoder, TextEncoder, encode_dataset
-from trivet.errors import AdapterError, ConfigError, DataError
+from trivet.errors import AdapterError, DataError
 from trivet.evaluate.measure import Evaluator, Settings
 from trivet.loss import token_losses, training_loss
 from trivet.methods import find_method
@@ -161,15 +161,10 @@ def begin(config: Config, train: Dataset) -> Session:
     return Session(base, model, encoder, data)
 
 
-def check_packing(session: Session, rows: Sequence[Encoded]) -> None:
-    """Show that rows which are packed give the losses that they give each on its own.
-
-    Raises:
-        ConfigError: the model can't keep them apart, or is no causal one.
-    """
-    told = "training.packing: "
+def why_not_packed(session: Session, rows: Sequence[Encoded]) -> str | None:
+    """Why rows can't be packed; None where, packed, they give the losses that they give each on its own."""
     if session.base.task != "causal-lm":
-        raise ConfigError(f"{told}is for causal language models, and the task is {session.base.task}; set it to false")
+        return f"is for causal language models, and the task is {session.base.task}"
     few = _clipped(sorted(rows, key=lambda row: len(row["input_ids"]))[:3])
     packed = replace(session.collator, packed=True)(few)
     borderless = {key: packed[key] for key in ("input_ids", "labels")}
@@ -185,10 +180,9 @@ def check_packing(session: Session, rows: Sequence[Encoded]) -> None:
     session.model.train(was_training)
     apart, wrong = (float((other - alone).abs().max()) for other in (together, seeing))
     if apart > max(0.2 * wrong, 1e-3):
-        raise ConfigError(
-            f"{told}{type(session.base.model).__name__} gives packed rows other losses than single ones "
-            f"(by up to {apart:.2g}): they would see each other; set it to false"
-        )
+        name = type(session.base.model).__name__
+        return f"{name} gives packed rows other losses than single ones (by up to {apart:.2g}): they see each other"
+    return None
 
 
 def probe_batches(

@@ -17,7 +17,6 @@ from trivet.errors import ConfigError
 from trivet.prepare import Prepared
 from trivet.runfolder import RunFolder
 from trivet.schedule import planned_steps, token_batches
-from trivet.session import check_packing
 from trivet.train.callback import RunLog
 from trivet.train.trainer import Trainer
 
@@ -27,8 +26,6 @@ def make_trainer(ready: Prepared, folder: RunFolder, log_callback: RunLog, *furt
     settings, session = ready.config.training, ready.session
     held = ready.validation_rows
     steps = planned_steps(ready.config, ready.train_rows)
-    if settings.packing:
-        check_packing(session, ready.train_rows)
     every = settings.eval_steps or max(1, -(-steps // 5))
     callbacks: list[Any] = [log_callback, *further]
     if settings.early_stopping_patience is not None:
@@ -77,7 +74,7 @@ def make_trainer(ready: Prepared, folder: RunFolder, log_callback: RunLog, *furt
         task=session.base.task,
         train_rows=ready.train_rows,
         validation_rows=held,
-        collator=replace(session.collator, packed=settings.packing),
+        collator=replace(session.collator, packed=bool(settings.packing)),
         optimizer=partial(optimizer, head_learning_rate=settings.head_learning_rate),
         callbacks=callbacks,
         tokenizer=session.tokenizer,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -18,7 +21,7 @@ from conftest import tiny_model, write_jsonl
 from trivet.adapter.attach import attach
 from trivet.adapter.layers import adapted_layers
 from trivet.configio import load
-from trivet.data.batch import Collator, tokens_in
+from trivet.data.batch import Collator, halves, rows_in, tokens_in
 from trivet.data.encode import IGNORE, Encoded
 from trivet.errors import ConfigError
 from trivet.loss import training_loss
@@ -103,14 +106,14 @@ def test_a_run_with_a_token_budget_is_planned_as_it_goes_and_resumes_bit_for_bit
     values = settings(folder, tmp_path / "whole", **more)
     config = load(values=values)
     ready = prepare(config, load_splits(config), Console(quiet=True))
-    batches = token_batches(config, ready.train_rows)
+    batches = token_batches(ready.config, ready.train_rows)
     assert batches is not None and len({len(batch) for batch in batches}) > 1
     for packed in (False, True):  # counted as they are padded
         grouped = token_batches(load(values=values | {"training.packing": packed}), ready.train_rows)
         made = [Collator(0, packed=packed)([ready.train_rows[i] for i in batch]) for batch in grouped or ()]
         assert made and all(batch["input_ids"].numel() <= 96 for batch in made)
     outcome = train(config, console=Console(quiet=True))
-    assert outcome.result["steps"] == planned_steps(config, ready.train_rows) == 2 * len(batches)
+    assert outcome.result["steps"] == planned_steps(ready.config, ready.train_rows) == 2 * len(batches)
 
     again = tmp_path / "again"
     train(load(values=values | {"output_dir": str(again)}), console=Console(quiet=True))
@@ -164,6 +167,62 @@ def test_a_packed_run_learns_what_a_padded_one_learns(tiny: Any, tmp_path: Path)
     assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-3)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_halves_of_a_batch_have_its_rows_and_losses(packed: bool) -> None:
+    model = attach(tiny_model("llama", 64), lora_rank=4).eval()
+    batch = Collator(0, packed=packed)(encoded([5, 17, 3, 9, 4]))
+
+    def without_labels(part: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in part.items() if key != "labels"}
+
+    parts = list(halves(batch))
+    parts = [parts[0], *halves(parts[1])]  # a half is a batch like any other
+    assert [rows_in(part) for part in parts] == [2, 1, 2] and rows_in(batch) == 5
+    assert [int(tokens_in(part)) for part in parts] == [22, 3, 13] and int(tokens_in(batch)) == 38
+    whole, *losses = (
+        training_loss(model, without_labels(part), part["labels"], 1, task="causal-lm") for part in (batch, *parts)
+    )
+    torch.testing.assert_close(sum(losses), whole)
+
+
+def test_a_sliding_window_is_kept_in_packed_rows() -> None:
+    rows, got = encoded([5, 17, 3, 9]), []
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    for window, packed in ((4, False), (4, True), (64, True)):
+        torch.manual_seed(0)
+        config = hf.MistralConfig(**sizes, vocab_size=64, num_key_value_heads=2, sliding_window=window)
+        model = attach(hf.MistralForCausalLM(config), lora_rank=4).eval()
+        batch: dict[str, Any] = Collator(0, packed=packed)(rows)
+        got.append(float(training_loss(model, batch, batch.pop("labels"), task="causal-lm").detach()))
+    assert got[1] == pytest.approx(got[0], rel=1e-5) and got[2] != pytest.approx(got[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "packed"), [("llama", True), ("gpt2", True), ("t5", False)])
+def test_rows_are_packed_where_nobody_says_otherwise(tiny: Any, tmp_path: Path, kind: str, packed: bool) -> None:
+    out = tmp_path / "run"
+    train(load(values=settings(tiny(kind), out, **{"training.max_steps": 2})), train=ROWS, console=Console(quiet=True))
+    assert load(out / "config.yaml").training.packing is packed
+
+
+def test_a_resumed_run_packs_as_it_did(tiny: Any, tmp_path: Path) -> None:
+    """Left open, as on another machine where it would be decided anew; the run itself did not pack."""
+    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    more = {"data.train": str(tmp_path / "rows.jsonl"), "training.eval_steps": 2, "training.keep_checkpoints": 9}
+    folder, adapters = tiny("llama"), []
+    for name, packing in (("whole", False), ("again", False), ("packed", True)):
+        values = settings(folder, tmp_path / name, **more, **{"training.packing": packing})
+        train(load(values=values), console=Console(quiet=True))
+        if name == "again":
+            (tmp_path / name / "result.json").unlink()
+            steps = sorted((tmp_path / name / "checkpoints").iterdir(), key=lambda path: int(path.name[11:]))
+            for checkpoint in steps[len(steps) // 2 :]:
+                shutil.rmtree(checkpoint)
+            open_ = load(values={k: v for k, v in values.items() if k != "training.packing"})
+            train(open_, resume=True, console=Console(quiet=True))
+        adapters.append((tmp_path / name / "adapter/adapter_model.safetensors").read_bytes())
+    assert adapters[0] == adapters[1] != adapters[2]
+
+
 def test_packing_is_for_causal_models(tiny: Any, tmp_path: Path) -> None:
     values = settings(tiny("t5"), tmp_path / "run", **{"training.packing": True})
     with pytest.raises(ConfigError, match=r"training.packing: is for causal language models, and the task is seq2seq"):
@@ -183,8 +242,13 @@ def test_a_model_whose_packed_rows_would_see_each_other_is_refused(
 
     monkeypatch.setattr(Collator, "_pack", borderless)
     values = settings(tiny("gpt2"), tmp_path / "run", **{"training.packing": True})
-    with pytest.raises(ConfigError, match="they would see each other"):
+    with pytest.raises(ConfigError, match="they see each other; set it to false"):
         train(load(values=values), train=ROWS, console=Console(quiet=True))
+    del values["training.packing"]
+    console = Console(file=io.StringIO(), width=999)
+    train(load(values=values), train=ROWS, console=console)
+    assert "rows are padded, not packed: GPT2LMHeadModel gives" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert load(tmp_path / "run" / "config.yaml").training.packing is False
 
 
 # -- out of memory -------------------------------------------------------------------------------------------
@@ -235,10 +299,12 @@ def test_other_errors_are_not_tried_again() -> None:
     assert len(calls) == 1
 
 
-def test_a_run_with_little_memory_ends_where_one_with_much_does(tiny: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_run_with_little_memory_ends_where_one_with_much_does(tiny: Any, tmp_path: Path, packing: bool) -> None:
     folder, ends = tiny("llama"), []
     for most in (99, 2):
         more = {"training.gradient_accumulation_steps": 2, "training.max_steps": 4, "method": "trivet"}
+        more["training.packing"] = packing
         config = load(values=settings(folder, tmp_path / str(most), **more))
         ready = prepare(config, load_splits(config, train=ROWS), Console(quiet=True))
         run = RunFolder(tmp_path / str(most))
@@ -248,7 +314,7 @@ def test_a_run_with_little_memory_ends_where_one_with_much_does(tiny: Any, tmp_p
 
         def limited(model: Any, inputs: Any, *rest: Any, most: int = most, whole: Any = whole, **more: Any) -> Any:
             loss = whole(model, dict(inputs), *rest, **more)
-            if len(inputs["input_ids"]) > most:
+            if rows_in(inputs) > most:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return loss
 

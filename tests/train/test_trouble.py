@@ -86,20 +86,25 @@ def test_a_step_without_numbers_changes_nothing_and_names_its_rows(
     assert all(bool(tensor.isfinite().all()) for tensor in weights(out).values())
 
 
-def test_the_named_rows_are_those_of_the_step(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_named_rows_are_those_of_the_step(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: bool
+) -> None:
     """Rows as they really went through the model, against those that are named for each step."""
     seen: list[list[int]] = []
     count = trivet.train.trainer.Trainer.get_batch_samples
 
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
         batches, items = count(self, *args, **kwargs)
-        seen.append([int(length) for batch in batches for length in batch["attention_mask"].sum(1)])
+        lengths = [b["cu_seq_lens_q"].diff()[:-1] if packing else b["attention_mask"].sum(1) for b in batches]
+        seen.append([int(length) for of_batch in lengths for length in of_batch])
         return batches, items
 
     monkeypatch.setattr(trivet.train.trainer.Trainer, "get_batch_samples", watched)
     spoil(monkeypatch, 1, 7, 11)
     out = tmp_path / "run"
-    outcome = run(place, out, **{"training.gradient_accumulation_steps": 2, "training.batch_size": 2})
+    more = {"training.gradient_accumulation_steps": 2, "training.batch_size": 2, "training.packing": packing}
+    outcome = run(place, out, **more)
     rows = {row["step"]: row["rows"] for row in logged(out) if "skipped" in row}
     assert rows.keys() == {2, 8, 12}
     lines = (place / "train.jsonl").read_text().splitlines()

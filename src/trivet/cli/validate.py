@@ -40,7 +40,7 @@ def register(app: typer.Typer) -> None:
             typer.echo(marked(row, ready.session.tokenizer))
         needed = memory_needed(ready)
         typer.echo(
-            f"\n{planned_steps(config, ready.train_rows):,} steps; estimated memory at the longest rows: "
+            f"\n{planned_steps(ready.config, ready.train_rows):,} steps; estimated memory at the longest rows: "
             f"{gib(needed.total)} ({needed}). Nothing was trained or written; the config is valid."
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -95,6 +95,26 @@ def tokens_in(batch: dict[str, Any]) -> torch.Tensor:
     if "attention_mask" in batch:
         return batch["attention_mask"].sum()
     return batch["cu_seq_lens_q"][-2]  # the last row is padding
+
+
+def rows_in(batch: dict[str, Any]) -> int:
+    """How many rows a batch has."""
+    return len(batch["cu_seq_lens_q"]) - 2 if "cu_seq_lens_q" in batch else len(batch["input_ids"])
+
+
+def halves(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A batch's first rows and its others, as two batches."""
+    middle = rows_in(batch) // 2
+    borders = batch.get("cu_seq_lens_q")
+    if borders is None:
+        for rows in (slice(None, middle), slice(middle, None)):
+            yield {key: value[rows] if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+        return
+    cut = int(borders[middle])
+    first = torch.cat([borders[: middle + 1], borders[middle : middle + 1]])  # its last row, of padding, is empty
+    for tokens, own in ((slice(None, cut), first), (slice(cut, None), borders[middle:] - cut)):
+        parts = {key: batch[key][:, tokens] for key in ("input_ids", "position_ids", "labels")}
+        yield {**batch, **parts, "cu_seq_lens_q": own, "cu_seq_lens_k": own}
 
 
 def tokens_of(row: Encoded, multiple: int = 1) -> int:

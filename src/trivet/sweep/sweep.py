@@ -87,7 +87,10 @@ def _check_free(folder: Path, runs: Sequence[Run]) -> None:
     if folder.is_dir() and any(folder.iterdir()) and not (folder / SUMMARY).exists():
         raise ConfigError(f"output_dir {folder}: holds files but no sweep; set another output_dir")
     for run in runs:
-        if run.folder.config.exists() and load(run.folder.config) != run.config:
+        if not run.folder.config.exists():
+            continue
+        before = load(run.folder.config)
+        if run.config.as_decided(before) != before:
             raise ConfigError(
                 f"run {run.folder.path}: was made with other settings than this sweep's; set another output_dir, or "
                 f"remove {run.folder.path.parent}"

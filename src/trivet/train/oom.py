@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
+
+from trivet.data.batch import halves, rows_in
 
 log = logging.getLogger("trivet")
 
@@ -33,13 +35,13 @@ class Halver:
         Raises:
             torch.OutOfMemoryError, RuntimeError: even a single row does not fit.
         """
-        if self.too_many is not None and _size(batch) >= self.too_many and _rows(batch) > 1:
+        if self.too_many is not None and _size(batch) >= self.too_many and rows_in(batch) > 1:
             return self._halved(step, batch)
         before = {p: p.grad.clone() for p in self.parameters() if p.grad is not None}
         try:
             return step(dict(batch))
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not _out_of_memory(error) or _rows(batch) < 2:
+            if not _out_of_memory(error) or rows_in(batch) < 2:
                 raise
         for p in self.parameters():
             p.grad = before.get(p)
@@ -48,28 +50,19 @@ class Halver:
             torch.cuda.empty_cache()
         self.too_many = _size(batch)
         log.warning(
-            "out of memory at %d rows of %d tokens: going on with half as many at a time, which changes no result",
-            *batch["input_ids"].shape,
+            "out of memory at %d rows with %d tokens: going on with half as many at a time, which changes no result",
+            rows_in(batch),
+            _size(batch),
         )
         return self._halved(step, batch)
 
     def _halved(self, step: Callable[[Batch], torch.Tensor], batch: Batch) -> torch.Tensor:
-        first, second = (self.run(step, half) for half in _halves(batch))
+        first, second = (self.run(step, half) for half in halves(batch))
         return first + second
-
-
-def _rows(batch: Batch) -> int:
-    return len(batch["input_ids"])
 
 
 def _size(batch: Batch) -> int:
     return batch["input_ids"].numel()
-
-
-def _halves(batch: Batch) -> Iterator[Batch]:
-    middle = _rows(batch) // 2
-    for rows in (slice(None, middle), slice(middle, None)):
-        yield {key: value[rows] if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -166,7 +166,7 @@ class Trainer(CheckpointTrainer):
             loss = torch.zeros((), device=self.args.device)
             if processes.sharded():  # they need this one's part of the weights: of this row nothing is learned
                 loss = step(model, self.collator(self.train_dataset[:1]), math.inf)  # type: ignore[index]
-        elif self.collator.packed or processes.sharded():  # packed rows are one; shared weights are read by all at once
+        elif processes.sharded():  # shared weights are read by all at once
             loss = step(model, inputs, num_items_in_batch)
         else:
             loss = self.halver.run(lambda batch: step(model, batch, num_items_in_batch), inputs)
