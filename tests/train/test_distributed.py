@@ -348,11 +348,12 @@ import sys
 import trivet.train.trainer as trainer
 from trivet import processes
 from trivet.cli import main
+from trivet.data.batch import rows_in
 
 loss = trainer.training_loss
 
 def no_room(model, inputs, *rest, **options):
-    if processes.index() == 1 and len(inputs["input_ids"]) > 1:
+    if processes.index() == 1 and rows_in(inputs) > 1:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
     return loss(model, inputs, *rest, **options)
 
