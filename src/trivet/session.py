@@ -176,11 +176,18 @@ def why_not_packed(session: Session, rows: Sequence[Encoded]) -> str | None:
         labels = batch.pop("labels")
         return token_losses(session.model, batch, labels, shifted=True)[0].detach()  # with gradient, as in training
 
-    alone, together, seeing = losses(session.collator(few)), losses(packed), losses(borderless)
-    session.model.train(was_training)
+    name = type(session.base.model).__name__
+    alone = losses(session.collator(few))
+    try:
+        together, seeing = losses(packed), losses(borderless)
+    except Exception as error:  # noqa: BLE001 - what models answer to arguments that they don't know
+        return (
+            f"{name} does not take packed rows ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        )
+    finally:
+        session.model.train(was_training)
     apart, wrong = (float((other - alone).abs().max()) for other in (together, seeing))
     if apart > max(0.2 * wrong, 1e-3):
-        name = type(session.base.model).__name__
         return f"{name} gives packed rows other losses than single ones (by up to {apart:.2g}): they see each other"
     return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from conftest import tiny_model, write_jsonl
+from conftest import bpe_tokenizer, tiny_model, write_jsonl
 from trivet.adapter.attach import attach
 from trivet.adapter.layers import adapted_layers
 from trivet.configio import load
@@ -223,6 +224,41 @@ def test_a_resumed_run_packs_as_it_did(tiny: Any, tmp_path: Path) -> None:
     assert adapters[0] == adapters[1] != adapters[2]
 
 
+def test_a_model_without_positions_is_trained_with_padded_rows(tmp_path: Path) -> None:
+    tokenizer, sizes = bpe_tokenizer(), {"hidden_size": 32, "n_layer": 2, "n_head": 2}
+    config = hf.BloomConfig(**sizes, vocab_size=len(tokenizer), initializer_range=0.3)
+    hf.BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
+    tokenizer.save_pretrained(tmp_path / "bloom")
+    values = settings(tmp_path / "bloom", tmp_path / "run", **{"training.max_steps": 2})
+    check_padded(values, "BloomForCausalLM gives packed rows other losses")
+
+
+def test_a_model_that_does_not_know_of_borders_is_trained_with_padded_rows(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one whose forward pass takes no further arguments."""
+    whole = hf.GPT2Model.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "cu_seq_lens_q" in kwargs:
+            raise TypeError("forward() got an unexpected keyword argument 'cu_seq_lens_q'")
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(hf.GPT2Model, "forward", forward)
+    values = settings(tiny("gpt2"), tmp_path / "run", **{"training.max_steps": 2})
+    check_padded(values, r"GPT2LMHeadModel does not take packed rows \(.*unexpected keyword argument")
+
+
+def check_padded(values: dict[str, Any], reason: str) -> None:
+    """Packing is refused where it is asked for; else rows are padded, and it is said why."""
+    with pytest.raises(ConfigError, match=f"training.packing: {reason}.*; set it to false"):
+        train(load(values=values | {"training.packing": True}), train=ROWS, console=Console(quiet=True))
+    console = Console(file=io.StringIO(), width=999)
+    train(load(values=values), train=ROWS, console=console)
+    assert re.search(f"rows are padded, not packed: {reason}", console.file.getvalue())  # type: ignore[attr-defined]
+    assert load(Path(values["output_dir"]) / "config.yaml").training.packing is False
+
+
 def test_packing_is_for_causal_models(tiny: Any, tmp_path: Path) -> None:
     values = settings(tiny("t5"), tmp_path / "run", **{"training.packing": True})
     with pytest.raises(ConfigError, match=r"training.packing: is for causal language models, and the task is seq2seq"):
@@ -241,14 +277,7 @@ def test_a_model_whose_packed_rows_would_see_each_other_is_refused(
         return {"input_ids": batch["input_ids"], "labels": batch["labels"], "use_cache": False}
 
     monkeypatch.setattr(Collator, "_pack", borderless)
-    values = settings(tiny("gpt2"), tmp_path / "run", **{"training.packing": True})
-    with pytest.raises(ConfigError, match="they see each other; set it to false"):
-        train(load(values=values), train=ROWS, console=Console(quiet=True))
-    del values["training.packing"]
-    console = Console(file=io.StringIO(), width=999)
-    train(load(values=values), train=ROWS, console=console)
-    assert "rows are padded, not packed: GPT2LMHeadModel gives" in console.file.getvalue()  # type: ignore[attr-defined]
-    assert load(tmp_path / "run" / "config.yaml").training.packing is False
+    check_padded(settings(tiny("gpt2"), tmp_path / "run"), "GPT2LMHeadModel gives packed rows other losses")
 
 
 # -- out of memory -------------------------------------------------------------------------------------------
