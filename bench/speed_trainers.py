@@ -73,12 +73,13 @@ def contents(batch: dict[str, Any]) -> dict[str, int]:
     A packed batch is one long row without a mask, in which every row's positions begin at 0. trivet's ends in padding.
     """
     ids, mask, labels = batch["input_ids"], batch.get("attention_mask"), batch["labels"]
+    learned = labels.numel() if labels.dim() == 1 else int((labels[:, 1:] != -100).sum())
     if "cu_seq_lens_q" in batch:
-        *starts, end = batch["cu_seq_lens_q"].tolist()[:-1]
-        return {"rows": len(starts), "tokens": end, "supervised": int((labels[:, 1:] != -100).sum())}
+        from trivet.data.batch import rows_in, tokens_in
+
+        return {"rows": rows_in(batch), "tokens": int(tokens_in(batch)), "supervised": learned}
     packed = mask is None and "position_ids" in batch
     rows = int((batch["position_ids"] == 0).sum()) if packed else len(ids)
-    learned = labels.numel() if labels.dim() == 1 else int((labels[:, 1:] != -100).sum())
     return {"rows": rows, "tokens": ids.numel() if mask is None else int(mask.sum()), "supervised": learned}
 
 

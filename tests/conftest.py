@@ -23,7 +23,7 @@ settings.load_profile("repeatable")
 
 
 def pytest_collection_finish() -> None:
-    """What the imports made stays, so no collection need look at it again: they are many, and it is a lot."""
+    """What the imports made stays, so no search for garbage need go through it again."""
     gc.collect()
     gc.freeze()
 

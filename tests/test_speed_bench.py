@@ -21,6 +21,8 @@ import speed_table
 import speed_turns
 from speed_trainers import Spread, contents, places
 
+from trivet.data.batch import Collator
+
 BENCH = Path(speed.__file__).parent
 
 
@@ -121,6 +123,8 @@ def test_contents_of_padded_packed_and_labelled_batches() -> None:
     positions = torch.tensor([[0, 1, 2, 0, 1, 0]])
     packed = {"input_ids": ids.view(1, 8)[:, :6], "position_ids": positions, "labels": torch.full((1, 6), 5)}
     assert contents(packed) == {"rows": 3, "tokens": 6, "supervised": 5}
+    ours = Collator(0, packed=True)([{"input_ids": [5] * n, "labels": [-100] + [5] * (n - 1)} for n in (3, 2, 4)])
+    assert ours["input_ids"].numel() == 16 and contents(ours) == {"rows": 3, "tokens": 9, "supervised": 6}
     classes = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 1])}
     assert contents(classes) == {"rows": 2, "tokens": 6, "supervised": 2}
 

@@ -80,14 +80,15 @@ def prepare(config: Config, splits: Splits, console: Console) -> Prepared:
 def _packs(config: Config, session: Session, rows: list[Encoded], console: Console) -> bool:
     """Whether a batch's rows are put behind each other. Where that is left open: if it costs nothing, as on CPUs."""
     wanted = config.training.packing
-    if wanted is None and (session.base.task != "causal-lm" or session.base.device.type != "cpu"):
+    free = session.base.task == "causal-lm" and session.base.device.type == "cpu"
+    if not (free if wanted is None else wanted):
         return False
-    reason = None if wanted is False else why_not_packed(session, rows)
+    reason = why_not_packed(session, rows)
     if reason and wanted:
         raise ConfigError(f"training.packing: {reason}; set it to false")
     if reason:
         say(console, f"  rows are padded, not packed: {reason}")
-    return wanted is not False and not reason
+    return reason is None
 
 
 def memory_needed(ready: Prepared) -> Estimate:

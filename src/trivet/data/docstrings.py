@@ -57,6 +57,7 @@ _NOT_A_SUMMARY = re.compile(
 )
 
 
+@uncollected()  # syntax trees are large, and end by themselves
 def harvest(
     site: Sequence[Path] | None = None, *, max_source_chars: int = 600, limit_per_package: int = 400
 ) -> list[Row]:
@@ -75,11 +76,6 @@ def harvest(
     """
     roots = [Path(sysconfig.get_path(key)) for key in ("purelib", "platlib")] if site is None else site
     roots = list(dict.fromkeys(root.resolve() for root in roots))
-    with uncollected():  # syntax trees are large, and end by themselves
-        return _harvest(roots, max_source_chars, limit_per_package)
-
-
-def _harvest(roots: Sequence[Path], max_source_chars: int, limit_per_package: int) -> list[Row]:
     rows: list[Row] = []
     prompts: set[str] = set()
     completions: Counter[str] = Counter()
@@ -110,10 +106,8 @@ def _harvest(roots: Sequence[Path], max_source_chars: int, limit_per_package: in
 @functools.cache
 def parts() -> dict[str, tuple[Row, ...]]:
     """This environment's rows as `train`, `validation` and `test`; looked for once, as it takes 20 seconds."""
-    return {
-        name: tuple(rows)
-        for name, rows in zip(("train", "validation", "test"), split_by_package(harvest()), strict=True)
-    }
+    train, validation, test = map(tuple, split_by_package(harvest()))
+    return {"train": train, "validation": validation, "test": test}
 
 
 def split_by_package(
