@@ -2,8 +2,8 @@
 
 Plain LoRA of r = 4 at the learning rate that `bench/quality.py` chose for it, in float32, with three orders: steps of
 rows of similar length as trivet shuffles them, as transformers' sampler leaves them (of 50 steps the one with the
-longest rows comes first), and rows at random. Appends a line a run to bench/results/order.jsonl; what is there already
-is skipped, `--shard 0/2` and `--shard 1/2` share the seeds of a task, and `--table` prints Markdown.
+longest rows comes first), and rows at random, as trivet packs them. Appends a line a run to bench/results/order.jsonl;
+what is there already is skipped, `--shard 0/2` and `--shard 1/2` share the seeds of a task, `--table` prints Markdown.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ ORDERS = ("shuffled", "sorted", "random")
 DEFAULT_TASKS = ("trec-head", "e2e", "stories-e2e")
 CAPTION = (
     "Plain LoRA of r = 4: its test loss, mean over seeds, where steps of rows of similar length come in random order; "
-    "then how much higher it is in the other orders, seed by seed, with 95% intervals; and the share of tokens that "
-    "are padding, in the steps of the first seed."
+    "then how much higher it is in the other orders, over the seeds that both have, with 95% intervals; and the share "
+    "of tokens that are padding, in the steps of the first seed. Packed rows come at random too, without the padding."
 )
 
 
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of the task files")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(DEFAULT_TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--shard", default="0/1", help="this process's part of the seeds, e.g. 0/2")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -54,7 +55,7 @@ def main() -> None:
         if best is None:
             parser.error(f"{name}: bench/quality.py has chosen no learning rate for plain LoRA there yet")
         for seed in quality.shard(arguments.seeds, arguments.shard):
-            for order in ORDERS:
+            for order in arguments.orders:
                 done = lines(arguments.results) if arguments.results.exists() else []
                 if any((row["task"], row["seed"], row["order"]) == (name, seed, order) for row in done):
                     continue
@@ -121,14 +122,20 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for name in TASKS:
         found = {(row["order"], row["seed"]): row for row in rows if row["task"] == name and not row["failed"]}
-        seeds = sorted(seed for seed in {seed for _, seed in found} if all((order, seed) in found for order in ORDERS))
+        losses = {
+            order: {seed: row["test"]["loss"] for (of, seed), row in found.items() if of == order} for order in ORDERS
+        }
+        ours, *others = losses.values()
+        seeds = sorted(seed for seed in ours if any(seed in theirs for theirs in others))
         if not seeds:
             continue
-        losses = {order: [found[order, seed]["test"]["loss"] for seed in seeds] for order in ORDERS}
-        pairs = (zip(losses[order], losses["shuffled"], strict=True) for order in ORDERS[1:])
-        apart = [difference([a - b for a, b in pair]) for pair in pairs]
-        padded = [f"{found[order, seeds[0]]['padding']:.0%}" for order in ("shuffled", "random")]
-        cells = [TASKS[name].title, str(len(seeds)), f"{statistics.fmean(losses['shuffled']):.4f}", *apart, *padded]
+        apart = [difference([theirs[seed] - ours[seed] for seed in seeds if seed in theirs]) for theirs in others]
+        padded = [
+            f"{found[order, min(of)]['padding']:.0%}" if (of := losses[order]) else "-"
+            for order in ("shuffled", "random")
+        ]
+        mean = statistics.fmean(ours[seed] for seed in seeds)
+        cells = [TASKS[name].title, str(len(seeds)), f"{mean:.4f}", *apart, *padded]
         rendered.append("| " + " | ".join(cells) + " |")
     return "\n".join(rendered)
 

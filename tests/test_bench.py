@@ -443,7 +443,8 @@ def test_orders_are_compared_seed_by_seed() -> None:
         for name, extra in (("shuffled", 0.0), ("sorted", 0.25), ("random", 0.5))
         for seed in (0, 1, 2)
     ]
-    apart = "+0.2500 [+0.2500, +0.2500] | +0.5000 [+0.5000, +0.5000]"
+    rows = [row for row in rows if (row["order"], row["seed"]) != ("sorted", 2)]
+    apart = "+0.2500 (n = 2: too small) | +0.5000 [+0.5000, +0.5000]"
     line = f"| SST-2 (MiniLM-L6) | 3 | 1.0000 | {apart} | 0% | 50% |"
     unpaired, failed = {**rows[0], "seed": 3}, [{**row, "seed": 4, "failed": "why", "test": None} for row in rows]
     assert order.table([*rows, unpaired, *failed]).splitlines()[2:] == [line]
