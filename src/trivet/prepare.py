@@ -9,14 +9,15 @@ from importlib.util import find_spec
 from rich.console import Console
 
 from trivet import processes
-from trivet.adapter.attach import trainable_parameters
+from trivet.adapter.attach import leaves_experts, trainable_parameters
 from trivet.config import Config
 from trivet.data.dataset import Dataset
 from trivet.data.encode import Encoded, Summary, encode_dataset
 from trivet.errors import ConfigError
 from trivet.memory import Estimate, estimate, free_memory
 from trivet.model import check_base
-from trivet.session import Session, begin, check_format, why_not_packed
+from trivet.packing import why_not_packed
+from trivet.session import Session, begin, check_format
 from trivet.splits import Splits
 
 
@@ -64,6 +65,8 @@ def prepare(config: Config, splits: Splits, console: Console) -> Prepared:
         console,
         f"method {config.method}: {trainable_parameters(session.model):,} trainable parameters",
     )
+    if leaves_experts(session.model):
+        say(console, "  its experts stay as they are: what is around them is adapted")
     ready = Prepared(config, splits, session, train_rows, validation_rows, summary)
     needed, free = memory_needed(ready), free_memory(session.base.device)
     more = needed.total - needed.weights  # which are there already

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from trivet.data.dataset import Dataset
 from trivet.data.encode import IGNORE, Encoded, LabelEncoder, TextEncoder, encode_dataset
 from trivet.errors import AdapterError, DataError
 from trivet.evaluate.measure import Evaluator, Settings
-from trivet.loss import token_losses, training_loss
+from trivet.loss import training_loss
 from trivet.methods import find_method
 from trivet.model import Base, load_base
 from trivet.runfolder import adapter_folder
@@ -159,37 +159,6 @@ def begin(config: Config, train: Dataset) -> Session:
         fast=config.training.fast,
     )
     return Session(base, model, encoder, data)
-
-
-def why_not_packed(session: Session, rows: Sequence[Encoded]) -> str | None:
-    """Why rows can't be packed; None where, packed, they give the losses that they give each on its own."""
-    if session.base.task != "causal-lm":
-        return f"is for causal language models, and the task is {session.base.task}"
-    few = _clipped(sorted(rows, key=lambda row: len(row["input_ids"]))[:3])
-    packed = replace(session.collator, packed=True)(few)
-    borderless = {key: packed[key] for key in ("input_ids", "labels")}
-    was_training = session.model.training
-    session.model.eval()
-
-    def losses(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        batch = to_device(batch, session.base.device)
-        labels = batch.pop("labels")
-        return token_losses(session.model, batch, labels, shifted=True)[0].detach()  # with gradient, as in training
-
-    name = type(session.base.model).__name__
-    alone = losses(session.collator(few))
-    try:
-        together, seeing = losses(packed), losses(borderless)
-    except Exception as error:  # noqa: BLE001 - what models answer to arguments that they don't know
-        return (
-            f"{name} does not take packed rows ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-        )
-    finally:
-        session.model.train(was_training)
-    apart, wrong = (float((other - alone).abs().max()) for other in (together, seeing))
-    if apart > max(0.2 * wrong, 1e-3):
-        return f"{name} gives packed rows other losses than single ones (by up to {apart:.2g}): they see each other"
-    return None
 
 
 def probe_batches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,16 @@ import pytest
 import torch
 import transformers as hf
 from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
 
 from conftest import bpe_tokenizer, colour_rows, save_tiny, tiny_model, word_tokenizer
 from trivet import attach
-from trivet.adapter.attach import head_names, task_of, trainable_parameters
+from trivet.adapter.attach import head_names, leaves_experts, task_of, trainable_parameters
 from trivet.adapter.layers import adapted_layers
+from trivet.adapter.save import export
+from trivet.configio import load
 from trivet.errors import AdapterError, ConfigError
+from trivet.run import train
 
 BODIES = {
     "gpt2": hf.GPT2ForSequenceClassification,
@@ -188,6 +193,59 @@ def test_chosen_targets_only() -> None:
 def test_an_unknown_target_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="no_such_proj"):
         attach(tiny_model("llama", 64), target_modules=["no_such_proj"])
+
+
+def mixture(kind: str) -> Any:
+    """A tiny mixture of experts: 2 layers of 4 experts."""
+    classes: dict[str, tuple[Any, Any]] = {
+        "mixtral": (hf.MixtralConfig, hf.MixtralForCausalLM),
+        "qwen3": (hf.Qwen3MoeConfig, hf.Qwen3MoeForCausalLM),
+        "phi": (hf.PhimoeConfig, hf.PhimoeForCausalLM),
+        "llama4": (hf.Llama4TextConfig, hf.Llama4ForCausalLM),
+    }
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 32, "intermediate_size_mlp": 32}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    make_config, make_model = classes[kind]
+    torch.manual_seed(0)
+    experts = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 1}
+    return make_model(make_config(vocab_size=64, **sizes, **heads, **experts, pad_token_id=0))
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3", "phi", "llama4"])
+def test_of_mixtures_of_experts_all_but_the_experts_is_adapted(kind: str, tmp_path: Path) -> None:
+    """PEFT takes experts and their router for layers, too; its reloaded adapter must compute the same."""
+    base, expected = mixture(kind), output(mixture(kind))
+    adapted = attach(base, lora_rank=2)
+    assert torch.equal(output(adapted), expected) and leaves_experts(adapted)
+    names = {layer.name.rpartition(".")[2] for layer in adapted_layers(adapted)}
+    assert names >= {"q_proj", "k_proj", "v_proj", "o_proj"} and not names & {"gate", "router", "experts", "base_layer"}
+    adapted.train()(**some_inputs(base)).logits.sum().backward()
+    assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+    for layer in adapted_layers(adapted):
+        torch.nn.init.normal_(layer.B)
+    for form in ("native", "portable"):
+        export(adapted, tmp_path / form, form, some_inputs(base))
+        again = PeftModel.from_pretrained(mixture(kind), tmp_path / form)
+        torch.testing.assert_close(output(again), output(adapted), rtol=1e-4, atol=1e-5)
+
+
+def test_experts_are_no_targets() -> None:
+    with pytest.raises(ConfigError, match=r"q_proj, w1.*a mixtral.*all-linear, or choose from q_proj$"):
+        attach(mixture("mixtral"), target_modules=["q_proj", "w1", "w2", "w3"])
+    with pytest.raises(ConfigError, match=r"w1.*fused"):
+        attach(mixture("mixtral"), target_modules=["q_proj", "w1"])
+
+
+def test_a_run_says_that_experts_stay(tmp_path: Path) -> None:
+    model = mixture("mixtral")
+    model.resize_token_embeddings(len(bpe_tokenizer()))
+    model.save_pretrained(tmp_path / "model")
+    bpe_tokenizer().save_pretrained(tmp_path / "model")
+    values = {"model.name": str(tmp_path / "model"), "model.device": "cpu", "data.validation": None}
+    values |= {"training.max_steps": 1, "evaluation.generate": False, "output_dir": str(tmp_path / "run")}
+    console = Console(file=io.StringIO(), width=999)
+    train(load(values=values), train=[{"text": "the cat ran to the red house"}] * 8, console=console)
+    assert "its experts stay as they are" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])

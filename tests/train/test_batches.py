@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from conftest import bpe_tokenizer, tiny_model, write_jsonl
+from conftest import bpe_tokenizer, save_tiny, tiny_model, write_jsonl
 from trivet.adapter.attach import attach
 from trivet.adapter.layers import adapted_layers
 from trivet.configio import load
@@ -231,6 +231,28 @@ def test_a_model_without_positions_is_trained_with_padded_rows(tmp_path: Path) -
     tokenizer.save_pretrained(tmp_path / "bloom")
     values = settings(tmp_path / "bloom", tmp_path / "run", **{"training.max_steps": 2})
     check_padded(values, "BloomForCausalLM gives packed rows other losses")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_of_long_prompts_are_packed_too(tmp_path: Path, dtype: str) -> None:
+    """Of which the check, which reads the beginnings of rows, sees no answer; three such rows exceed the positions."""
+    save_tiny("llama", tmp_path / "llama", max_position_embeddings=512)
+    rows = [{"prompt": "the cat " * 200, "completion": "ran to the red house"}] * 4
+    values = settings(tmp_path / "llama", tmp_path / "run", **{"training.max_steps": 1, "model.dtype": dtype})
+    train(load(values=values), train=rows, console=Console(quiet=True))
+    assert load(tmp_path / "run" / "config.yaml").training.packing is True
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_shows_a_little_of_other_rows_is_trained_with_padded_rows(tmp_path: Path, dtype: str) -> None:
+    """GPT's positions begin anew with each row, but its attention knows of no borders."""
+    tokenizer, sizes = bpe_tokenizer(), {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 128}
+    config = hf.OpenAIGPTConfig(**sizes, vocab_size=len(tokenizer), initializer_range=0.2)
+    torch.manual_seed(0)
+    hf.OpenAIGPTLMHeadModel(config).save_pretrained(tmp_path / "gpt")
+    tokenizer.save_pretrained(tmp_path / "gpt")
+    values = settings(tmp_path / "gpt", tmp_path / "run", **{"training.max_steps": 2, "model.dtype": dtype})
+    check_padded(values, "OpenAIGPTLMHeadModel gives packed rows other losses")
 
 
 def test_a_model_that_does_not_know_of_borders_is_trained_with_padded_rows(

@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,15 @@ for values in json.load(open(sys.argv[1])):
     outcome = train(load(values=values), console=Console(quiet=True))
     assert outcome.result["steps"] == 12 and "loss" in outcome.result["metrics"]["tuned"]  # in every process
 """
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the processes that are compared have: several threads sum in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import re
 import warnings
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -56,7 +58,8 @@ def attach(
         lora_rank: r, at least 1.
         lora_alpha: the update is alpha / r * B A; None means 2 r, a scale of 2.
         lora_dropout: probability of dropping an input of the adapter, 0 to 1.
-        target_modules: "all-linear" (every linear layer but the output head), or layer names.
+        target_modules: "all-linear" (every linear layer but the output head), or layer names. A mixture's experts
+            are no linear layers where they are one tensor a layer.
         modules_to_save: further parts to train whole and save with the adapter, such as a newly started pooler.
         task: causal-lm, seq2seq, classification or regression; `auto` reads it off the model's class.
         method: a name from `trivet methods`, or a mapping of legs: {"decompose": "gradient", "rank": {"name":
@@ -91,6 +94,7 @@ def attach(
     policy = parts.part("rank")(lora_rank, **parts.options("rank"))
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     heads = [*(head_names(model) if task in ("classification", "regression") else ()), *modules_to_save]
+    routers = _routers(model)
     config = LoraConfig(
         r=lora_rank,
         lora_alpha=2 * lora_rank if lora_alpha is None else lora_alpha,  # type: ignore[arg-type]
@@ -99,8 +103,9 @@ def attach(
         task_type=_TASK_TYPES[task],
         use_dora="magnitude" in parts.spec("decompose").traits,
         modules_to_save=heads or None,
-        exclude_modules=heads_pattern(heads),
+        exclude_modules=heads_pattern([*heads, *routers]),
     )
+    _leave_experts(config, model)
     _check_targets(model, targets)
     linear = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
     with quiet_peft():
@@ -111,6 +116,9 @@ def attach(
                 f"model.target_modules {targets}: {str(error).rstrip('.')}. Linear layers of this model: "
                 f"{', '.join(sorted(linear))}; write them as a list"
             ) from error
+    if routers:  # PEFT lists what it was told to leave out, too
+        names = {layer.name.rpartition(".")[2] for layer in adapted_layers(adapted)}
+        config.target_modules = {name for name in config.target_modules or () if name.rpartition(".")[2] in names}
     if fast:
         make_fast(adapted)
         speed_up(model)
@@ -160,6 +168,32 @@ def task_of(model: Any) -> str:
     raise ConfigError(f"can't tell what to train {name} for; pass task=, one of {', '.join(_TASK_TYPES)}")
 
 
+def _routers(model: nn.Module) -> list[str]:
+    """Linear layers that give experts' scores and choices, not one tensor: PEFT can't add to that."""
+    return [
+        name for name, m in model.named_modules() if isinstance(m, nn.Linear) and type(m).__name__.endswith("Router")
+    ]
+
+
+def _leave_experts(config: LoraConfig, model: Any) -> None:
+    """Adapt what is around experts where transformers has those of a layer as one tensor.
+
+    PEFT would replace the names of their layers by that tensor's, and adapt it with factors for all experts in one.
+    """
+    asked = copy.deepcopy(config)
+    with contextlib.suppress(ValueError):  # of names of which PEFT needs more: it says so again, and better there
+        convert_peft_config_for_transformers(asked, model, None)
+    if not asked.target_parameters:
+        return
+    if config.target_modules != "all-linear":
+        named, kind = ", ".join(sorted(config.target_modules)), model.config.model_type
+        raise ConfigError(
+            f"model.target_modules {named}: in a {kind} some of these are experts or their router, which trivet can't "
+            f"adapt. Write all-linear, or choose from {', '.join(sorted(asked.target_modules))}"
+        )
+    config.target_modules = set(asked.target_modules)
+
+
 def _check_targets(model: Any, targets: str | list[str]) -> None:
     """Refuse to adapt one of two layers that share a weight: merging would change the other."""
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -172,6 +206,11 @@ def _check_targets(model: Any, targets: str | list[str]) -> None:
                 f"target {name}: input and output embeddings are tied in this model, so an adapter on one could not "
                 "be merged or exported; leave it out of target_modules"
             )
+
+
+def leaves_experts(model: nn.Module) -> bool:
+    """Whether a mixture's experts are one tensor a layer, which `attach` leaves as it is."""
+    return any(p.dim() == 3 and re.search("expert|moe", name) for name, p in model.named_parameters())
 
 
 def trainable_parameters(model: nn.Module) -> int:
