@@ -141,8 +141,8 @@ def _eps(norm: Any) -> Any:
 def _is_rms_norm(module: nn.Module) -> bool:
     """Whether the module computes what `rms_norm` does (some multiply by 1 + weight)."""
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.requires_grad or weight.device.type not in ("cpu", "cuda"):
-        return False
+    if not isinstance(weight, nn.Parameter) or weight.requires_grad or weight.device.type not in ("cpu", "cuda"):
+        return False  # FalconMamba's norms without weights have a buffer called so, of another size than what they norm
     x = _drawn(weight, 4, len(weight))
     return _close(module(x), rms_norm(x, weight, _eps(module)))
 

@@ -25,6 +25,7 @@ def test_any_shape_and_type(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     like = torch.zeros(2, dtype=dtype)
     made = empty(*shape, like=like)
     assert made.shape == shape and made.dtype == dtype and made.is_contiguous() and not made.requires_grad
+    assert not made._is_view()  # what a function of autograd returns could not be changed in place
     assert made.data_ptr() % 64 == 0 or not made.numel()
     made.fill_(3)  # all of it is writable
     assert bool((made == 3).all()) and not bool(like.any())

@@ -33,6 +33,8 @@ _TASK_TYPES = {
     "classification": TaskType.SEQ_CLS,
     "regression": TaskType.SEQ_CLS,
 }
+#: Models whose `out_proj` PEFT refuses to adapt.
+_MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 
 
 def attach(
@@ -94,7 +96,7 @@ def attach(
     policy = parts.part("rank")(lora_rank, **parts.options("rank"))
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     heads = [*(head_names(model) if task in ("classification", "regression") else ()), *modules_to_save]
-    routers = _routers(model)
+    left_out = _not_adapted(model)
     config = LoraConfig(
         r=lora_rank,
         lora_alpha=2 * lora_rank if lora_alpha is None else lora_alpha,  # type: ignore[arg-type]
@@ -103,7 +105,7 @@ def attach(
         task_type=_TASK_TYPES[task],
         use_dora="magnitude" in parts.spec("decompose").traits,
         modules_to_save=heads or None,
-        exclude_modules=heads_pattern([*heads, *routers]),
+        exclude_modules=heads_pattern([*heads, *left_out]),
     )
     _leave_experts(config, model)
     _check_targets(model, targets)
@@ -116,7 +118,7 @@ def attach(
                 f"model.target_modules {targets}: {str(error).rstrip('.')}. Linear layers of this model: "
                 f"{', '.join(sorted(linear))}; write them as a list"
             ) from error
-    if routers:  # PEFT lists what it was told to leave out, too
+    if left_out:  # PEFT lists what it was told to leave out, too
         names = {layer.name.rpartition(".")[2] for layer in adapted_layers(adapted)}
         config.target_modules = {name for name in config.target_modules or () if name.rpartition(".")[2] in names}
     if fast:
@@ -168,11 +170,13 @@ def task_of(model: Any) -> str:
     raise ConfigError(f"can't tell what to train {name} for; pass task=, one of {', '.join(_TASK_TYPES)}")
 
 
-def _routers(model: nn.Module) -> list[str]:
-    """Linear layers that give experts' scores and choices, not one tensor: PEFT can't add to that."""
-    return [
-        name for name, m in model.named_modules() if isinstance(m, nn.Linear) and type(m).__name__.endswith("Router")
-    ]
+def _not_adapted(model: Any) -> list[str]:
+    """Linear layers to which nothing can be added outside: experts' routers and grouped layers, which compute something
+    else, and what Mamba reads the weights of in a kernel of its own, where PEFT refuses it by the model's name."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    mamba = getattr(getattr(model, "config", None), "model_type", None) in _MAMBA
+    others = [name for name, module in layers if type(module).__name__.endswith(("Router", "GroupedLinear"))]
+    return others + [name for name, _ in layers if mamba and name.endswith(".out_proj")]
 
 
 def _leave_experts(config: LoraConfig, model: Any) -> None:
@@ -196,9 +200,11 @@ def _leave_experts(config: LoraConfig, model: Any) -> None:
 
 def _check_targets(model: Any, targets: str | list[str]) -> None:
     """Refuse to adapt one of two layers that share a weight: merging would change the other."""
+    if isinstance(targets, str):
+        return
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     inputs = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    if isinstance(targets, str) or output is None or inputs is None or output.weight is not inputs.weight:
+    if output is None or inputs is None or output.weight is not inputs.weight:
         return
     for name, module in model.named_modules():
         if module in (output, inputs) and any(name == t or name.endswith(f".{t}") for t in targets):

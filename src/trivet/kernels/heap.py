@@ -28,4 +28,5 @@ def empty(*shape: int, like: torch.Tensor) -> torch.Tensor:
     except MemoryError:
         return like.new_empty(shape)  # torch says it in words that trainers know
     start = -block.__array_interface__["data"][0] % _ALIGNMENT
-    return torch.frombuffer(block, dtype=like.dtype, count=math.prod(shape), offset=start).view(shape)
+    flat = torch.frombuffer(block, dtype=like.dtype, count=math.prod(shape), offset=start)
+    return flat.resize_(shape)  # in place: a view could not be changed in place where a function of autograd returns it
