@@ -51,8 +51,8 @@ def why_not_packed(session: Session, rows: Sequence[Encoded]) -> str | None:
     finally:
         session.model.train(was_training)
     if wrong:
-        by = float(apart.max())
-        return f"{name} gives packed rows other losses than single ones (by up to {by:.2g}): they see each other"
+        by = f"by up to {float(apart.max()):.2g}"
+        return f"{name} gives packed rows other losses than single ones ({by}): it does not keep them apart"
     return None
 
 

@@ -229,6 +229,11 @@ def test_of_mixtures_of_experts_all_but_the_experts_is_adapted(kind: str, tmp_pa
         torch.testing.assert_close(output(again), output(adapted), rtol=1e-4, atol=1e-5)
 
 
+def test_a_pattern_chooses_among_a_mixtures_layers() -> None:
+    adapted = attach(mixture("llama4"), target_modules=r".*\.(q_proj|router)")
+    assert {layer.name.rpartition(".")[2] for layer in adapted_layers(adapted)} == {"q_proj"}
+
+
 def test_experts_are_no_targets() -> None:
     with pytest.raises(ConfigError, match=r"q_proj, w1.*a mixtral.*all-linear, or choose from q_proj$"):
         attach(mixture("mixtral"), target_modules=["q_proj", "w1", "w2", "w3"])

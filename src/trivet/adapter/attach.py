@@ -118,7 +118,7 @@ def attach(
                 f"model.target_modules {targets}: {str(error).rstrip('.')}. Linear layers of this model: "
                 f"{', '.join(sorted(linear))}; write them as a list"
             ) from error
-    if left_out:  # PEFT lists what it was told to leave out, too
+    if left_out and not isinstance(config.target_modules, str):  # PEFT lists what it was told to leave out, too
         names = {layer.name.rpartition(".")[2] for layer in adapted_layers(adapted)}
         config.target_modules = {name for name in config.target_modules or () if name.rpartition(".")[2] in names}
     if fast:
@@ -145,7 +145,7 @@ def _start(
 
 
 def heads_pattern(heads: Sequence[str] | None) -> str | None:
-    """PEFT's `exclude_modules` for parts that are trained whole; None where there are none."""
+    """PEFT's `exclude_modules` for parts that are trained whole or left as they are; None where there are none."""
     return rf"(.*\.)?({'|'.join(map(re.escape, heads))})(\..*)?" if heads else None
 
 
