@@ -88,7 +88,8 @@ def word_tokenizer() -> Any:
 
 
 def tiny_model(kind: str, vocab: int, **changes: Any) -> Any:
-    """A tiny random model of an architecture: gpt2, llama, bart, t5, bert, roberta or distilbert (body only)."""
+    """A tiny random model of an architecture: gpt2, llama, bart, t5, a mixture of experts (mixtral, qwen3_moe, phimoe,
+    llama4), or the body of bert, roberta or distilbert."""
     import torch
     import transformers as hf
 
@@ -116,6 +117,17 @@ def tiny_model(kind: str, vocab: int, **changes: Any) -> Any:
         return hf.RobertaModel(hf.RobertaConfig(**sizes, max_position_embeddings=130, **common))
     if kind == "distilbert":
         return hf.DistilBertModel(hf.DistilBertConfig(dim=32, hidden_dim=64, n_layers=2, n_heads=2, **common))
+    mixtures: dict[str, tuple[Any, Any]] = {
+        "mixtral": (hf.MixtralConfig, hf.MixtralForCausalLM),
+        "qwen3_moe": (hf.Qwen3MoeConfig, hf.Qwen3MoeForCausalLM),
+        "phimoe": (hf.PhimoeConfig, hf.PhimoeForCausalLM),
+        "llama4": (hf.Llama4TextConfig, hf.Llama4ForCausalLM),
+    }
+    if kind in mixtures:
+        config, model = mixtures[kind]
+        sizes |= {"num_key_value_heads": 1, "head_dim": 16, "moe_intermediate_size": 32, "intermediate_size_mlp": 64}
+        experts = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 1}
+        return model(config(**sizes, **experts, **common))
     raise ValueError(kind)
 
 

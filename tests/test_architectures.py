@@ -4,7 +4,6 @@ own code does, and the check of packed rows says the same in 16 bits as in float
 from __future__ import annotations
 
 import copy
-import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,8 +45,28 @@ SIZES = {
     **dict.fromkeys((*WIDTHS, *INNER), 64), **dict.fromkeys(POSITIONS, 128),
     "vocab_size": 96, "num_experts_per_tok": 2, "d_kv": 16, "q_lora_rank": 16, "kv_lora_rank": 16, "n_group": 1,
     "topk_group": 1, "state_size": 8, "mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 32, "rotary_dim": 8,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+#: Of these at least there is a tiny model.
+COMMON = (
+    "gpt2",
+    "llama",
+    "qwen2",
+    "gemma2",
+    "mistral",
+    "mixtral",
+    "bart",
+    "t5",
+    "bert",
+    "roberta",
+    "longformer",
+    "led",
+)
+#: What has no answer in both types.
+NOT_JUDGED = {
+    "inkling2_text": "transformers' own code fails in bfloat16",
+    "prophetnet": "its hidden states have a dimension more, which the loss at supervised positions does not take",
+}
 
 
 def tiny(kind: str, task: str) -> Any:
@@ -55,7 +74,7 @@ def tiny(kind: str, task: str) -> Any:
     try:
         known = hf.AutoConfig.for_model(kind).to_dict()
         config = hf.AutoConfig.for_model(kind, **{name: size for name, size in SIZES.items() if name in known})
-        config.num_labels = 3
+        config.num_labels, config.use_cache, config.decoder_start_token_id = 3, False, 1
         with torch.device("meta"):
             size = sum(p.numel() for p in TASKS[task][1].from_config(config).parameters())
         if size > 2e7:
@@ -65,13 +84,14 @@ def tiny(kind: str, task: str) -> Any:
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(4 if p.dim() > 1 else 1)  # so that tokens tell of each other
-            model(**inputs(model, task))
+            model(**inputs(task))
     except Exception as error:  # noqa: BLE001 - what a hundred architectures say to sizes that don't fit together
+        assert kind not in COMMON, f"{kind}: {error}"
         pytest.skip(f"{type(error).__name__}: {str(error)[:200]}")
     return model
 
 
-def inputs(model: Any, task: str) -> dict[str, torch.Tensor]:
+def inputs(task: str) -> dict[str, torch.Tensor]:
     """Three rows with padding on the right."""
     ids = torch.randint(5, 90, (3, 14), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
@@ -79,12 +99,7 @@ def inputs(model: Any, task: str) -> dict[str, torch.Tensor]:
         ids[row, length - 1] = 2
         ids[row, length:] = mask[row, length:] = 0
     labels = torch.tensor([0, 2, 1]) if task == "classification" else torch.where(mask.bool(), ids, -100)
-    more = (
-        {"use_cache": False}
-        if task == "causal-lm" and "use_cache" in inspect.signature(model.forward).parameters
-        else {}
-    )
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels, **more}
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def adapted(model: Any, task: str, *, fast: bool) -> Any:
@@ -105,7 +120,7 @@ def test_the_fast_path_computes_the_same(task: str, kind: str) -> None:
     found = []
     for fast in (True, False):
         peft = adapted(model, task, fast=fast)
-        out = peft(**inputs(model, task))
+        out = peft(**inputs(task))
         out.loss.backward()
         found.append((out.loss.detach(), {name: p.grad for name, p in peft.named_parameters() if p.requires_grad}))
     (ours, our_gradients), (theirs, their_gradients) = found
@@ -120,6 +135,8 @@ def test_the_fast_path_computes_the_same(task: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", TASKS["causal-lm"][0])
 def test_packed_rows_are_judged_alike_in_16_bits(kind: str) -> None:
+    if kind in NOT_JUDGED:
+        pytest.skip(NOT_JUDGED[kind])
     model = tiny(kind, "causal-lm")
     draw = torch.Generator().manual_seed(3)
     rows = [
@@ -130,8 +147,5 @@ def test_packed_rows_are_judged_alike_in_16_bits(kind: str) -> None:
         base = SimpleNamespace(task="causal-lm", dtype=dtype, device=torch.device("cpu"), model=model.to(dtype))
         peft = adapted(base.model, "causal-lm", fast=True)
         session: Any = SimpleNamespace(base=base, model=peft, tokenizer=range(96), collator=Collator(0))
-        try:
-            said.append(why_not_packed(session, rows))
-        except Exception as error:  # noqa: BLE001 - with a cache, which these sizes have no layers for
-            pytest.skip(f"single rows: {error}")
+        said.append(why_not_packed(session, rows))
     assert (said[0] is None) == (said[1] is None), said

@@ -38,12 +38,12 @@ def why_not_packed(session: Session, rows: Sequence[Encoded]) -> str | None:
     try:
         packed = _losses(session, pack, few)
         apart = (packed - alone).abs()
-        wrong = _above(apart, 1e-3)
+        wrong = _above(apart)
         if session.base.dtype != torch.float32:
             size, first = min(len(session.tokenizer), 1000), len(few[0]) - 1
             others = [[(token + 1) % size for token in few[0]], *few[1:]]
             own, seen = (_losses(session, pack, others) - packed).abs().tensor_split([first])
-            wrong = _above(apart.mean()[None], 0.03 * own.mean()) or _above(seen, 0.005 * own.max())
+            wrong = _above(apart.mean(), 0.03 * own.mean()) or _above(seen, 0.005 * own.max())
             apart = torch.cat([apart, seen])
     except Exception as error:  # noqa: BLE001 - what models answer to arguments that they don't know
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -65,5 +65,5 @@ def _losses(session: Session, collator: Collator, rows: list[list[int]]) -> torc
     return token_losses(session.model, batch, labels, shifted=True)[0].detach()
 
 
-def _above(differences: torch.Tensor, rounding: torch.Tensor | float) -> bool:
-    return bool((differences > rounding).logical_and(differences > 1e-3).any())
+def _above(differences: torch.Tensor, rounding: torch.Tensor | float = 0.0) -> bool:
+    return bool((differences > max(float(rounding), 1e-3)).any())

@@ -195,26 +195,10 @@ def test_an_unknown_target_is_refused_by_name() -> None:
         attach(tiny_model("llama", 64), target_modules=["no_such_proj"])
 
 
-def mixture(kind: str) -> Any:
-    """A tiny mixture of experts: 2 layers of 4 experts."""
-    classes: dict[str, tuple[Any, Any]] = {
-        "mixtral": (hf.MixtralConfig, hf.MixtralForCausalLM),
-        "qwen3": (hf.Qwen3MoeConfig, hf.Qwen3MoeForCausalLM),
-        "phi": (hf.PhimoeConfig, hf.PhimoeForCausalLM),
-        "llama4": (hf.Llama4TextConfig, hf.Llama4ForCausalLM),
-    }
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 32, "intermediate_size_mlp": 32}
-    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    make_config, make_model = classes[kind]
-    torch.manual_seed(0)
-    experts = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 1}
-    return make_model(make_config(vocab_size=64, **sizes, **heads, **experts, pad_token_id=0))
-
-
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3", "phi", "llama4"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "phimoe", "llama4"])
 def test_of_mixtures_of_experts_all_but_the_experts_is_adapted(kind: str, tmp_path: Path) -> None:
     """PEFT takes experts and their router for layers, too; its reloaded adapter must compute the same."""
-    base, expected = mixture(kind), output(mixture(kind))
+    base, expected = tiny_model(kind, 64), output(tiny_model(kind, 64))
     adapted = attach(base, lora_rank=2)
     assert torch.equal(output(adapted), expected) and leaves_experts(adapted)
     names = {layer.name.rpartition(".")[2] for layer in adapted_layers(adapted)}
@@ -225,27 +209,25 @@ def test_of_mixtures_of_experts_all_but_the_experts_is_adapted(kind: str, tmp_pa
         torch.nn.init.normal_(layer.B)
     for form in ("native", "portable"):
         export(adapted, tmp_path / form, form, some_inputs(base))
-        again = PeftModel.from_pretrained(mixture(kind), tmp_path / form)
+        again = PeftModel.from_pretrained(tiny_model(kind, 64), tmp_path / form)
         torch.testing.assert_close(output(again), output(adapted), rtol=1e-4, atol=1e-5)
 
 
-def test_a_pattern_chooses_among_a_mixtures_layers() -> None:
-    adapted = attach(mixture("llama4"), target_modules=r".*\.(q_proj|router)")
+def test_a_pattern_chooses_among_a_mixtures_layers(tmp_path: Path) -> None:
+    adapted = attach(tiny_model("llama4", 64), target_modules=r".*\.(q_proj|router)")
     assert {layer.name.rpartition(".")[2] for layer in adapted_layers(adapted)} == {"q_proj"}
+    export(adapted, tmp_path / "portable", "portable", some_inputs(adapted))  # reloads and compares
 
 
 def test_experts_are_no_targets() -> None:
     with pytest.raises(ConfigError, match=r"q_proj, w1.*a mixtral.*all-linear, or choose from q_proj$"):
-        attach(mixture("mixtral"), target_modules=["q_proj", "w1", "w2", "w3"])
+        attach(tiny_model("mixtral", 64), target_modules=["q_proj", "w1", "w2", "w3"])
     with pytest.raises(ConfigError, match=r"w1.*fused"):
-        attach(mixture("mixtral"), target_modules=["q_proj", "w1"])
+        attach(tiny_model("mixtral", 64), target_modules=["q_proj", "w1"])
 
 
 def test_a_run_says_that_experts_stay(tmp_path: Path) -> None:
-    model = mixture("mixtral")
-    model.resize_token_embeddings(len(bpe_tokenizer()))
-    model.save_pretrained(tmp_path / "model")
-    bpe_tokenizer().save_pretrained(tmp_path / "model")
+    save_tiny("mixtral", tmp_path / "model")
     values = {"model.name": str(tmp_path / "model"), "model.device": "cpu", "data.validation": None}
     values |= {"training.max_steps": 1, "evaluation.generate": False, "output_dir": str(tmp_path / "run")}
     console = Console(file=io.StringIO(), width=999)

@@ -118,9 +118,9 @@ def attach(
                 f"model.target_modules {targets}: {str(error).rstrip('.')}. Linear layers of this model: "
                 f"{', '.join(sorted(linear))}; write them as a list"
             ) from error
-    if left_out and not isinstance(config.target_modules, str):  # PEFT lists what it was told to leave out, too
-        names = {layer.name.rpartition(".")[2] for layer in adapted_layers(adapted)}
-        config.target_modules = {name for name in config.target_modules or () if name.rpartition(".")[2] in names}
+    if left_out:  # targets one by one, as what is a target and excluded counts as a layer that left
+        config.target_modules = {layer.name for layer in adapted_layers(adapted)}
+        config.exclude_modules = heads_pattern(heads)
     if fast:
         make_fast(adapted)
         speed_up(model)
