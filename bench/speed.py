@@ -7,12 +7,13 @@ speed_gpu.jsonl: each side's step times, rates, memory and start; how many times
 round by round; and machine, versions and command. A side that can't run here says why, and the others go on.
 
 Without --data the workloads that need no file run: `dense` (SmolLM2-135M, 4 rows of 256 random tokens, all of them
-labels), `gpt2` (the same with GPT-2's size and random weights), `types` (as `dense`, trivet alone in float32 and in
-bfloat16), `lengths` (trivet alone, one row of 512, 1024 and 2048) and `seq2seq` (BART base's size, random weights).
-With it also `e2e`, `snips`, `gsm8k` (prompt and completion; TRL with its defaults and with its two best settings) and
-`trec` (a classifier; each side in its own default type, `trec-fp32` in float32). --device cuda runs `dense` with a
-Llama of --size, or what --workloads names, beside TRL and Unsloth, and reports model FLOPs utilisation. A side can have
-a Python of its own, where its packages don't go with trivet's: --python unsloth=FOLDER/bin/python.
+labels), `gpt2` (the same with GPT-2's size and random weights), `four-bit` (as `dense`, frozen weights in 4 bits beside
+whole ones, and PEFT with bitsandbytes), `types` (as `dense`, trivet alone in float32 and in bfloat16), `lengths`
+(trivet alone, one row of 512, 1024 and 2048) and `seq2seq` (BART base's size, random weights). With it also `e2e`,
+`snips`, `gsm8k` (prompt and completion; TRL with its defaults and with its two best settings) and `trec` (a classifier;
+each side in its own default type, `trec-fp32` in float32). --device cuda runs `dense` with a Llama of --size, or what
+--workloads names, beside TRL and Unsloth, and reports model FLOPs utilisation. A side can have a Python of its own,
+where its packages don't go with trivet's: --python unsloth=FOLDER/bin/python.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class Workload:
 WORKLOADS = {
     "dense": Workload("dense", ("trivet", "peft-bf16", "peft-fp32", "peft-best", "floor"), 4, 256),
     "gpt2": Workload("dense", ("trivet", "peft-bf16", "peft-fp32", "peft-best"), 4, 256, random="gpt2"),
+    "four-bit": Workload("dense", ("trivet-4bit", "trivet", "peft-4bit"), 4, 256),
     "types": Workload("dense", ("trivet-fp32", "trivet-bf16"), 4, 256),
     "lengths": Workload("dense", ("trivet-512", "trivet-1024", "trivet-2048"), 1),
     "seq2seq": Workload("seq2seq", ("trivet", "peft-bf16", "peft-fp32"), 8, 128),
@@ -142,7 +144,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         spec["size"] = spec["size"] or "1b"
     if work.kind == "labels" and spec["base"] == "demo":
         spec["base"] = "demo-encoder"
-    if name in ("dense", "types", "gpt2"):
+    if name in ("dense", "types", "gpt2", "four-bit"):
         spec |= {"rows": arguments.batch or work.rows, "length": arguments.length or work.length}
     if arguments.tiny:
         spec |= {"size": "tiny", "rows": min(2, spec["rows"]), "length": min(32, spec["length"])}

@@ -71,8 +71,9 @@ def dense(turns: Turns, spec: dict[str, Any]) -> None:
     if side == "unsloth":
         model, made = unsloth_model(turns, spec)
     else:
-        made = causal_model(spec, DTYPES.get(side, "auto"))
-        turns.loaded(made)
+        made = four_bits(spec) if side.endswith("-4bit") else causal_model(spec, DTYPES.get(side, "auto"))
+        theirs = {"versions": {name: version(name) for name in ("bitsandbytes", "peft")}} if side == "peft-4bit" else {}
+        turns.loaded(made, **theirs)
     if side == "floor":
         return loop(turns, floor(made, rows, length, counts))
     vocabulary = made.config.vocab_size
@@ -94,6 +95,32 @@ def dense(turns: Turns, spec: dict[str, Any]) -> None:
         return model(input_ids=batch, labels=batch).loss, counts
 
     return trainer_loop(turns, model, adamw(model), theirs)
+
+
+def four_bits(spec: dict[str, Any]) -> Any:
+    """The language model with its frozen weights in NF4: trivet's way, or bitsandbytes' with QLoRA's settings."""
+    from trivet.four_bit import to_four_bit
+
+    if spec["side"].startswith("trivet"):
+        model = causal_model(spec, "auto")
+        to_four_bit(model)
+        return model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from trivet.demo import DEMO_MODELS, demo_path
+    from trivet.model import pick_dtype
+
+    dtype = pick_dtype("auto", torch.device(spec["device"]))
+    bits = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    options = {"quantization_config": bits, "dtype": dtype, "device_map": spec["device"]}
+    if not spec["size"]:
+        where = demo_path(spec["base"]) if spec["base"] in DEMO_MODELS else spec["base"]
+        return AutoModelForCausalLM.from_pretrained(where, **options)
+    with tempfile.TemporaryDirectory() as folder:  # which it reads what it quantises from
+        llama(spec, dtype).save_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
 def floor(model: Any, rows: int, length: int, counts: dict[str, int]) -> Callable[[int], dict[str, int]]:
@@ -194,6 +221,7 @@ def main() -> None:
     spec = json.loads(sys.argv[1])
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
     package = {"unsloth": "unsloth", "trl": "trl"}.get(spec["side"].partition("-")[0])
+    package = "bitsandbytes" if spec["side"] == "peft-4bit" else package
     if package and find_spec(package) is None:
         raise SystemExit(f"{package} is not installed here")
     if spec["device"] == "cuda" and not torch.cuda.is_available():

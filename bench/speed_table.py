@@ -100,6 +100,7 @@ def table(lines: list[dict[str, Any]]) -> str:
         "tokens/s",
         "rows/s, ratio",
         "tokens/s, ratio",
+        "loaded",
         "memory",
         "start, s",
     ]
@@ -121,6 +122,7 @@ def table(lines: list[dict[str, Any]]) -> str:
                 figure(side["tokens_per_second"]),
                 spread(ratio["rows"]) if ratio else none,
                 spread(ratio["tokens"]) if ratio else none,
+                f"{side['resident_bytes'] / 2**20:,.0f} MiB",
                 f"{side['peak_extra_bytes'] / 2**20:,.0f} MiB",
                 f"{side['first_step_seconds']:.1f}",
             ]
@@ -130,8 +132,8 @@ def table(lines: list[dict[str, Any]]) -> str:
             title = ""
     note = (
         "\nMedian [quartiles] of the measured rounds. A ratio is how many times as fast a workload's first side is as "
-        "this one, round by round. Memory is the most that was held beyond the loaded model; start is from the start "
-        "of the process to the end of its first step."
+        "this one, round by round. Loaded is what the process held with its model in memory, and memory the most that "
+        "was held beyond that; start is from the start of the process to the end of its first step."
     )
     machines = {f"{n['machine']}, {n['threads']} threads" for n in newest.values()}
     return "\n".join([*out, note, *(f"Measured on {m}." for m in sorted(machines)), *failures])

@@ -33,7 +33,7 @@ def steps(seconds: list[float], rows: int = 2, tokens: int = 20) -> list[dict[st
 
 
 def side(seconds: list[float], **counts: int) -> dict[str, Any]:
-    ready = {"dtype": "bfloat16", "frozen": 1000, "trained": 100}
+    ready = {"dtype": "bfloat16", "frozen": 1000, "trained": 100, "resident_bytes": 5 * 2**20}
     return speed_table.summary(steps(seconds, **counts), 1, ready, 3.0)
 
 
@@ -90,8 +90,11 @@ def test_table_shows_the_newest_line_and_says_what_failed() -> None:
     text = speed_table.table([old, new])
     assert "7.00" not in text
     rows = [row for row in text.splitlines() if row.startswith("|")]
-    assert [row.count("|") for row in rows] == [10] * 4
-    assert "| dense (2 rows of 10 tokens) | trivet (bfloat16) | 1.00 [1.00, 1.00] | 2.00 | 20.0 | 1 | 1 |" in rows[2]
+    assert [row.count("|") for row in rows] == [11] * 4
+    assert (
+        "| dense (2 rows of 10 tokens) | trivet (bfloat16) | 1.00 [1.00, 1.00] | 2.00 | 20.0 | 1 | 1 | 5 MiB |"
+        in rows[2]
+    )
     assert "peft (bfloat16) | 2.00 [2.00, 2.00] | 1.00 | 10.0 | 2.00 [2.00, 2.00] |" in rows[3]
     assert "Measured on a processor, 2 threads." in text
     assert "dense, other: did not run: it is not installed here" in text
@@ -151,6 +154,10 @@ def test_driver_takes_turns_and_goes_on_without_a_side(tmp_path: Path) -> None:
     assert gpt2["model"] == "gpt2-tiny (random)"
     assert gpt2["sides"]["trivet"]["frozen"] == 2 * 64 * (3 * 64 + 64 + 2 * 4 * 64) + 64 * 512
     assert str(tmp_path) not in out.read_text()
+    ended = run(out, "--tiny", "--rounds", "2", "--workloads", "four-bit", "--sides", "trivet-4bit", "trivet")
+    assert ended.returncode == 0, ended.stderr
+    four, whole = json.loads(out.read_text().splitlines()[-1])["sides"].values()
+    assert four["frozen"] == whole["frozen"]
     shown = run(out, "--table")
     assert "| dense (2 rows of 32 tokens) | trivet" in shown.stdout
 

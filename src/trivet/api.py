@@ -19,6 +19,7 @@ from trivet.errors import ConfigError, ModelError
 from trivet.evaluate.generate import generate
 from trivet.evaluate.measure import Settings
 from trivet.evaluate.score import head_scores
+from trivet.four_bit import to_plain
 from trivet.model import check_base
 from trivet.run import train
 from trivet.session import LABELLED, Session, begin, reopen
@@ -203,6 +204,7 @@ class LoRAModel:
             return merged
         dtype = session.model.dtype
         whole = session.model.float().merge_and_unload()
+        to_plain(whole)
         cast(whole, dtype)
         whole.config.use_cache = True
         return whole

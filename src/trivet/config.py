@@ -74,6 +74,10 @@ class ModelConfig:
         "base weights' type; auto is bfloat16 where the processor computes in it, else float32",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
+    load_in_4bit: bool = option(
+        False,
+        "hold the base's linear layers in 4 bits (NF4): less memory; what is trained and merged is relative to them",
+    )
     device: str = option("auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda", "mps"))
     revision: str | None = option(None, "branch, tag or commit of a hub model")
     trust_remote_code: bool = option(False, "run Python code that a hub model ships; off unless you trust it")

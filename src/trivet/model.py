@@ -14,7 +14,9 @@ import torch
 
 from trivet.demo import DEMO_MODELS, demo_path
 from trivet.errors import ConfigError, ModelError, TrivetError
+from trivet.four_bit import count_parameters, to_four_bit
 from trivet.kernels.product import multiplies
+from trivet.tokenizer import check_tokenizer, ensure_pad
 
 log = logging.getLogger("trivet")
 
@@ -36,12 +38,13 @@ class Base:
     revision: str | None = None
     #: Parts of the body that the checkpoint lacks (poolers): they start at random, so they are trained and saved whole.
     fresh: tuple[str, ...] = ()
+    load_in_4bit: bool = False
 
     def describe(self) -> str:
         """One line: architecture, size, type, device, task."""
-        size = sum(p.numel() for p in self.model.parameters())
-        kind = type(self.model).__name__
-        return f"{self.name}: {kind}, {size / 1e6:.1f}M parameters, {str(self.dtype)[6:]} on {self.device}, {self.task}"
+        size, kind = count_parameters(self.model), type(self.model).__name__
+        types = str(self.dtype)[6:] + (" with weights in 4 bits" if self.load_in_4bit else "")
+        return f"{self.name}: {kind}, {size / 1e6:.1f}M parameters, {types} on {self.device}, {self.task}"
 
 
 def pick_device(choice: str = "auto") -> torch.device:
@@ -77,6 +80,7 @@ def load_base(
     device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    load_in_4bit: bool = False,
     seed: int = 0,
 ) -> Base:
     """Load a model with its tokenizer, ready for an adapter.
@@ -85,6 +89,7 @@ def load_base(
         name: hub id, local folder, GGUF file, `demo` or `demo-encoder`.
         task: what to train for; `auto` takes it from `data_format` and the architecture.
         labels: class names in index order (classification).
+        load_in_4bit: see `trivet.four_bit`; embeddings and heads keep `dtype`, in which all is computed.
         seed: for a head that the checkpoint does not hold.
 
     Raises:
@@ -108,8 +113,8 @@ def load_base(
         task = infer_task(config, data_format) if task == "auto" else task
         _check_task(config, task, name)
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        _check_tokenizer(tokenizer, name)
-        _ensure_pad(tokenizer, name)
+        check_tokenizer(tokenizer, name)
+        ensure_pad(tokenizer, name)
         if task in ("classification", "regression"):
             names = list(labels or ())
             options["num_labels"] = len(names) if task == "classification" else 1
@@ -119,10 +124,11 @@ def load_base(
             options["problem_type"] = "single_label_classification" if task == "classification" else "regression"
             options["ignore_mismatched_sizes"] = True
         torch.manual_seed(seed)
-        model, found = _auto_class(task).from_pretrained(where, dtype=kind, output_loading_info=True, **options)
+        first = "auto" if load_in_4bit and kind == torch.float32 else kind  # 16-bit files need no more than that
+        model, found = _auto_class(task).from_pretrained(where, dtype=first, output_loading_info=True, **options)
     fresh = _fresh_parts(model, found, task, name)
-    if task in ("classification", "regression"):
-        _float_parts(model, [*head_names(model), *fresh])
+    heads = [*(head_names(model) if task in ("classification", "regression") else ()), *fresh]
+    _float_parts(model, heads)
     if gguf:
         _forget_gguf(model)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
@@ -130,12 +136,15 @@ def load_base(
             f"model {name}: its tokenizer has {len(tokenizer)} tokens but the model embeds only "
             f"{model.get_input_embeddings().num_embeddings}; they don't belong together"
         )
+    if load_in_4bit:
+        to_four_bit(model, heads, target)
+        model.to(kind)
     model.config.pad_token_id = tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False  # no key-value cache while training; generation switches it on
     classes = tuple(labels) if labels else None
-    return Base(name, model.to(target), tokenizer, task, kind, target, classes, revision, fresh)
+    return Base(name, model.to(target), tokenizer, task, kind, target, classes, revision, fresh, load_in_4bit)
 
 
 def check_base(name: str | None, *, fetch: bool = False) -> None:
@@ -232,21 +241,6 @@ def _float_parts(model: Any, names: list[str]) -> None:
         part = model.get_submodule(name)
         part.float()
         part.register_forward_pre_hook(cast)
-
-
-def _check_tokenizer(tokenizer: Any, name: str) -> None:
-    """Where the files are missing, transformers makes up a tokenizer of special tokens alone."""
-    if len(tokenizer) - len(tokenizer.added_tokens_decoder) < 2:
-        raise ModelError(f"model {name}: has no tokenizer: its vocabulary (tokenizer.json) is missing; save it there")
-
-
-def _ensure_pad(tokenizer: Any, name: str) -> None:
-    """Padding needs a token; the attention mask hides it and labels are masked apart, so any token does."""
-    if tokenizer.pad_token_id is None:
-        stand_in = tokenizer.eos_token or tokenizer.unk_token
-        if stand_in is None:
-            raise ModelError(f"model {name}: its tokenizer has no padding, end-of-sequence or unknown token; set one")
-        tokenizer.pad_token = stand_in
 
 
 def _forget_gguf(model: Any) -> None:

@@ -15,6 +15,7 @@ from trivet.adapter.layers import adapted_layers
 from trivet.adapter.save import Proof
 from trivet.data.marked import pieces
 from trivet.evaluate.measure import Evaluation
+from trivet.four_bit import count_parameters
 from trivet.memory import peak_memory
 
 #: Characters that are kept of each piece of the row that is shown.
@@ -61,13 +62,14 @@ def build_result(
         "task": session.base.task,
         "method": ready.config.method,
         "dtype": str(session.base.dtype).removeprefix("torch."),
+        "load_in_4bit": session.base.load_in_4bit,
         "device": str(session.base.device),
         "ranks": {layer.name: layer.rank for layer in adapted_layers(session.model)},
         "rank_history": ranks.policy.history,
         "rank_seconds": round(ranks.seconds, 3),
         "adapter_parameters": ranks.parameters,
         "trainable_parameters": trainable_parameters(session.model),
-        "total_parameters": sum(p.numel() for p in session.model.get_base_model().parameters()),
+        "total_parameters": count_parameters(session.model.get_base_model()),
         "tokens_per_second": round(tokens_per_second, 1),
         "peak_memory_bytes": peak_memory(),
         "wall_seconds": round(seconds, 2),

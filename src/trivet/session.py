@@ -71,6 +71,7 @@ class Session:
             "base_model": self.base.name,
             "revision": self.base.revision,
             "dtype": str(self.base.dtype).removeprefix("torch."),
+            "load_in_4bit": self.base.load_in_4bit,
             "task": self.base.task,
             "labels": list(self.base.labels) if self.base.labels else None,
             "data": self.data,
@@ -133,6 +134,7 @@ def begin(config: Config, train: Dataset) -> Session:
         device=wanted.device,
         revision=wanted.revision,
         trust_remote_code=wanted.trust_remote_code,
+        load_in_4bit=wanted.load_in_4bit,
         seed=config.training.seed,
     )
     check_format(train, base.task)
@@ -231,6 +233,7 @@ def reopen(folder: Path, *, base_model: str | None = None, dtype: str = "auto", 
         dtype=notes.get("dtype", "auto") if dtype == "auto" else dtype,
         device=device,
         revision=notes.get("revision"),
+        load_in_4bit=notes.get("load_in_4bit", False),
     )
     model = load_adapter(base.model, folder)
     data = notes.get("data") or {"max_length": 1024, "chat_template": "auto", "loss_on": "responses"}

@@ -16,13 +16,14 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from trivet.adapter.fast import make_fast
+from trivet.adapter.fast import make_fast, make_merging
 from trivet.adapter.layers import AdaptedLayer, adapted_layers
 from trivet.adapter.plan import Plan
 from trivet.adapter.resize import set_ranks, write_patterns
 from trivet.adapter.statistics import LayerStatistics
 from trivet.errors import AdapterError, ConfigError
 from trivet.fast import speed_up
+from trivet.four_bit import count_parameters
 from trivet.methods import find_method
 from trivet.model import head_names
 from trivet.probe import probe
@@ -121,11 +122,12 @@ def attach(
     if left_out:  # targets one by one, as what is a target and excluded counts as a layer that left
         config.target_modules = {layer.name for layer in adapted_layers(adapted)}
         config.exclude_modules = heads_pattern(heads)
+    make_merging(adapted)
     if fast:
         make_fast(adapted)
         speed_up(model)
     layers = adapted_layers(adapted)
-    total = sum(p.numel() for p in adapted.parameters()) - sum(x.A.numel() + x.B.numel() for x in layers)
+    total = count_parameters(adapted) - sum(x.A.numel() + x.B.numel() for x in layers)
     statistics: Mapping[str, LayerStatistics] | None = None
     if parts.needs_probe and batches is not None:
         sketch = 4 * policy.widest(layers, total)

@@ -18,14 +18,26 @@ from transformers.pytorch_utils import Conv1D
 
 from trivet.adapter import fast_gpu
 from trivet.fast import widened_linear
+from trivet.four_bit import FourBitLinear
 from trivet.kernels.dropout import dropped
 from trivet.kernels.heap import empty
 from trivet.kernels.product import addmm_, mm
 from trivet.kernels.recipe import kept_for, rows_from
 
 
-class FastLinear(lora.Linear):  # type: ignore[misc]
-    """`lora.Linear` with a fused pass wherever one unmerged plain adapter is on; else PEFT's own."""
+class MergingLinear(lora.Linear):  # type: ignore[misc]
+    """`lora.Linear` that merges into an ordinary layer where its base layer's weight is in 4 bits."""
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        base = self.get_base_layer()
+        if isinstance(base, FourBitLinear):
+            self.base_layer = base.plain()
+            self.fan_in_fan_out = isinstance(self.base_layer, Conv1D)
+        super().merge(*args, **kwargs)
+
+
+class FastLinear(MergingLinear):
+    """With a fused pass wherever one unmerged plain adapter is on; else PEFT's own."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         name = self._single(x, args, kwargs)
@@ -37,8 +49,9 @@ class FastLinear(lora.Linear):  # type: ignore[misc]
         seed = int(torch.randint(2**62, ())) if p else 0
         a, b = parts["lora_A"]._modules[name].weight, parts["lora_B"]._modules[name].weight
         settings = self.scaling[name], type(base) is Conv1D, p, seed
-        weights = base._parameters["weight"], base._parameters["bias"]
-        if fast_gpu.wanted(x):
+        four_bit = type(base) is FourBitLinear
+        weights = base if four_bit else base._parameters["weight"], base._parameters["bias"]
+        if fast_gpu.wanted(x) and not four_bit:
             return fast_gpu.adapted(x, a, b, vars(self).get("halves", {}).get(name), *weights, *settings)
         return _AdaptedLinear.apply(x, a, b, *weights, *settings)
 
@@ -49,9 +62,9 @@ class FastLinear(lora.Linear):  # type: ignore[misc]
         parts: Any = self._modules
         base = parts["base_layer"]
         on = [name for name in self.active_adapters if name in parts["lora_A"]._modules]
-        if len(on) != 1 or on[0] in self.lora_variant or type(base) not in (nn.Linear, Conv1D):
+        if len(on) != 1 or on[0] in self.lora_variant or type(base) not in _BASES:
             return None
-        weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+        weight, bias = base._parameters.get(_BASES[type(base)]), base._parameters.get("bias")
         if weight is None or x.dtype != weight.dtype:
             return None
         frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
@@ -63,6 +76,10 @@ class FastLinear(lora.Linear):  # type: ignore[misc]
         return None if not frozen or biased or hooked or cast else on[0]
 
 
+#: Layers that the fused pass knows, and the parameter that says in which type each computes.
+_BASES = {nn.Linear: "weight", Conv1D: "weight", FourBitLinear: "like"}
+
+
 def _replaced(base: nn.Module) -> bool:
     """Whether somebody else has given the layer a forward pass of its own."""
     forward = vars(base).get("forward")
@@ -71,10 +88,16 @@ def _replaced(base: nn.Module) -> bool:
 
 def make_fast(model: nn.Module) -> None:
     """Give every plain LoRA linear layer of a PEFT model the fused pass."""
-    layers = [module for module in model.modules() if type(module) is lora.Linear]
+    layers = [module for module in model.modules() if type(module) in (lora.Linear, MergingLinear)]
     for layer in layers:
         layer.__class__ = FastLinear
     fast_gpu.Halves(layers).follow(getattr(model, "base_model", model))
+
+
+def make_merging(model: nn.Module) -> None:
+    """Let every plain LoRA linear layer of a PEFT model merge into a base layer in 4 bits."""
+    for layer in [module for module in model.modules() if type(module) is lora.Linear]:
+        layer.__class__ = MergingLinear
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -85,6 +108,9 @@ class _AdaptedLinear(torch.autograd.Function):
         ctx: Any, x: Any, a: Any, b: Any, weight: Any, bias: Any, scale: float, transposed: bool, p: float, seed: int
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
+        ctx.base = weight if isinstance(weight, FourBitLinear) else None
+        if ctx.base is not None:
+            weight = ctx.base.weight_in(x.dtype)
         w = weight if transposed else weight.T
         y = empty(*x.shape[:-1], w.shape[1], like=x)  # no view of another tensor, so that it may be changed in place
         flat = y.view(-1, w.shape[1])
@@ -94,7 +120,9 @@ class _AdaptedLinear(torch.autograd.Function):
         addmm_(flat, inner, small_b.T)
         a_learns, b_learns = ctx.needs_input_grad[1:3]
         ctx.maker, kept = kept_for(x, rows) if a_learns else (None, ())
-        ctx.save_for_backward(inner if b_learns else None, small_a, small_b, weight, *kept)
+        ctx.save_for_backward(
+            inner if b_learns else None, small_a, small_b, weight if ctx.base is None else None, *kept
+        )
         ctx.settings = scale / (1 - p), transposed, p, seed, x.shape, a.dtype, b.dtype
         return y
 
@@ -107,6 +135,7 @@ class _AdaptedLinear(torch.autograd.Function):
         low = mm(g, b)
         dx = da = db = None
         if ctx.needs_input_grad[0]:
+            weight = weight if ctx.base is None else ctx.base.weight_in(g.dtype)
             dx = mm(g, weight.T if transposed else weight)
             if p:
                 dx += dropped(mm(low, a), p, seed)

@@ -34,7 +34,7 @@ class Halves:
         self.layers, self.given = list(layers), list[Any]()
 
     def begin(self, *_: Any) -> None:
-        if not self.layers or not wanted(self.layers[0].get_base_layer().weight):
+        if not self.layers or not wanted(next(self.layers[0].parameters())):
             return
         places: dict[tuple[torch.device, torch.dtype], list[tuple[Any, str, torch.Tensor, torch.Tensor]]] = {}
         for layer in self.layers:

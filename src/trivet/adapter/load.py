@@ -10,6 +10,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
 from trivet.adapter.attach import quiet_peft
+from trivet.adapter.fast import make_merging
 from trivet.adapter.schema import check_notes, read_json
 from trivet.adapter.validate import CONFIG, WEIGHTS, Stored, check_config, check_fit
 from trivet.errors import AdapterError, ConfigError
@@ -74,6 +75,7 @@ def load_adapter(base_model: Any, folder: Path, *, trainable: bool = False) -> P
     try:
         with quiet_peft():
             model = PeftModel.from_pretrained(base_model, str(folder), config=config, is_trainable=trainable)
+        make_merging(model)
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             held = set(file.keys())
     except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError, OSError) as error:

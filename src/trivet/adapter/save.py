@@ -25,6 +25,7 @@ from trivet.adapter.load import CHECKSUM, NOTES, checksum, read_config
 from trivet.adapter.resize import departed, rank_config
 from trivet.adapter.validate import WEIGHTS
 from trivet.errors import ConfigError, ProofError
+from trivet.four_bit import to_plain
 from trivet.model import quiet
 from trivet.runfolder import new_folder, write_json
 
@@ -225,14 +226,15 @@ def merge(
 ) -> tuple[Any, Proof]:
     """Write a full model with the update added to its weights, which transformers loads without PEFT.
 
-    Returns the written model, loaded again; `model` is used up. The sum is made in float32 and rounded once, to `dtype`
-    (default: the base's own type). Proved are the sum, before it is rounded; what rounding the weights changes, in
-    float32; and the file, whose tensors must be the rounded ones bit by bit.
+    Returns the written model, loaded again; `model` is used up. The sum is made in float32 (also with weights in 4 bits)
+    and rounded once, to `dtype` (default: the base's own type). Proved are the sum, before it is rounded; what rounding
+    the weights changes, in float32; and the file, whose tensors must be the rounded ones bit by bit.
     """
     target, auto_class, what = dtype or model.dtype, type(model.get_base_model()), f"merged model {folder}"
     model = model.float()
     expected = logits(model, probe)
     merged = model.merge_and_unload()
+    to_plain(merged)
     proof = compare_logits(expected, logits(merged, probe), what, rounding(torch.float32))
     if target != torch.float32:
         name = str(target).removeprefix("torch.")

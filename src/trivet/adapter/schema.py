@@ -198,6 +198,7 @@ _NOTES: dict[str, Callable[[Any], bool]] = {
     "base_model": _location,
     "revision": _text,
     "dtype": _among("float32", "bfloat16", "float16"),
+    "load_in_4bit": lambda v: isinstance(v, bool),
     "task": _among("causal-lm", "seq2seq", "classification", "regression"),
     "labels": lambda v: isinstance(v, list) and 0 < len(v) <= 1_000_000 and all(isinstance(x, str) for x in v),
     "data": lambda v: isinstance(v, dict) and v.keys() == _DATA.keys() and all(_DATA[k](x) for k, x in v.items()),

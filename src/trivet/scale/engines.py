@@ -148,12 +148,12 @@ def ring_speed(members: int, gpu: Gpu) -> float:
     return REACHED * min(gpu.link, gpu.network * gpu.in_machine)
 
 
-def settings(gpus: int) -> list[Setting]:
-    """What trivet offers, the simplest first."""
+def settings(gpus: int, sharded: bool = True) -> list[Setting]:
+    """What trivet offers, the simplest first; without weights that are `sharded` where they can't be."""
     return [
-        Setting(gpus, sharded, checkpointing)
+        Setting(gpus, share, checkpointing)
         for checkpointing in (False, True)
-        for sharded in ((False, True) if gpus > 1 else (False,))
+        for share in ((False, True) if gpus > 1 and sharded else (False,))
     ]
 
 

@@ -11,7 +11,9 @@ import torch
 from trivet.adapter.layers import AdaptedLayer
 from trivet.config import Config
 from trivet.errors import ConfigError
+from trivet.four_bit import to_four_bit
 from trivet.methods import Method, find_method
+from trivet.model import head_names
 from trivet.rank.policy import Policy
 from trivet.scale.adapter import FLOAT, AdapterSize, adapter_size
 from trivet.scale.engines import Cost, best, cost, settings
@@ -111,6 +113,8 @@ def plan(
     method = find_method(config.method)
     task = task_of(shape, wanted.task, config.data.format)
     base = build(shape, task, _DTYPES[wanted.dtype])
+    if wanted.load_in_4bit:
+        to_four_bit(base, head_names(base) if task in ("classification", "regression") else ())
     probed = "probe" in method.spec("rank").traits  # ranks that the data decides: as many numbers, spread evenly
     counted = trace(
         base,
@@ -131,7 +135,7 @@ def plan(
     def on(count: int) -> list[Cost]:
         return [
             cost(setting, counted, size, machine, rows=rows, accumulation=accumulation, mfu=mfu)
-            for setting in settings(count)
+            for setting in settings(count, sharded=not wanted.load_in_4bit)
         ]
 
     costs = on(gpus)

@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trivet.adapter.attach import attach
 from trivet.adapter.layers import AdaptedLayer, adapted_layers
 from trivet.fast import fused_norm
+from trivet.four_bit import count_parameters, in_four_bit
 from trivet.kernels.cross_entropy import GPU_CHUNK, held_at_once
 from trivet.methods import Method
 from trivet.scale.adapter import give_form
@@ -48,7 +49,7 @@ class Trace:
         kept: bytes that autograd keeps for the backward pass.
         kept_with_checkpointing: likewise, with activation checkpointing: every block's input, and one block's tensors.
         working: bytes of the largest thing that is held for a moment: a chunk of logits (on GPUs without Triton also in
-            float32).
+            float32), or a weight that is made from its 4 bits.
     """
 
     tokens: int
@@ -138,7 +139,8 @@ def trace(
         cpu: with the norms and the chunks of logits that trivet has on CPUs.
         adapter: arguments of `attach`.
     """
-    own = sum(p.numel() for p in base.parameters())
+    own = count_parameters(base)
+    widened = max((x.out_features * x.in_features * x.like.element_size() for x in in_four_bit(base)), default=0)
     weights, blocks = _size((*base.parameters(), *base.buffers())), _blocks(base)
     in_blocks = [_size(block.parameters()) for block in blocks]
     probed = "probe" in method.spec("rank").traits
@@ -172,7 +174,7 @@ def trace(
         forward = counter.get_total_flops()
         (seen[0] if seen else out.logits).sum().backward()
     backward = counter.get_total_flops() - forward
-    forward, total, working = int(forward), kept.bytes, 0
+    forward, total, working = int(forward), kept.bytes, widened
     if seen:
         assert isinstance(head, nn.Linear)  # noqa: S101 - else nothing was held back
         width, size = seen[0].shape[-1], seen[0].element_size()
@@ -181,7 +183,7 @@ def trace(
         forward, backward = forward + product, backward + product
         total += supervised * width * size
         held = min(supervised * head.out_features, held_at_once(size) if cpu else GPU_CHUNK)
-        working = held * (4 + (size if size < 4 else 0))
+        working = max(working, held * (4 + (size if size < 4 else 0)))
     return Trace(
         tokens=rows * length,
         parameters=own,
