@@ -226,7 +226,7 @@ def merge(
 ) -> tuple[Any, Proof]:
     """Write a full model with the update added to its weights, which transformers loads without PEFT.
 
-    Returns the written model, loaded again; `model` is used up. The sum is made in float32 (also with weights in 4 bits)
+    Returns the written model, loaded again; `model` is used up. The sum is made in float32, also of weights in 4 bits,
     and rounded once, to `dtype` (default: the base's own type). Proved are the sum, before it is rounded; what rounding
     the weights changes, in float32; and the file, whose tensors must be the rounded ones bit by bit.
     """
