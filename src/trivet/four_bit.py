@@ -82,7 +82,8 @@ def to_four_bit(model: Any, left: Iterable[str] = (), device: torch.device | Non
     """Put the linear layers of a loaded model into 4 bits, in place and one after the other, on `device`.
 
     Left as they are: the output head, a layer that shares its weight with another module (tied embeddings), and the
-    parts named in `left` with all that is in them. So are embeddings, and experts that are one tensor a layer.
+    parts named in `left` with all that is in them. So are embeddings, and experts that are one tensor a layer. They are
+    copied: on CPUs all weights of a model may lie in one mapped file, which stays in memory while any of it is in use.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     users: dict[int, int] = {}
@@ -100,6 +101,8 @@ def to_four_bit(model: Any, left: Iterable[str] = (), device: torch.device | Non
             weight: Any = module.weight.to(device)
             upright = weight.T if isinstance(module, Conv1D) else weight
             setattr(parent, name, FourBitLinear(upright, module.bias, type(module)))
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def to_plain(model: nn.Module) -> None:
