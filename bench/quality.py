@@ -286,7 +286,7 @@ def fingerprint(loaded: Loaded) -> dict[str, int]:
     """Every parameter of the base as the sum of its bits."""
     import torch
 
-    kinds = {2: torch.int16, 4: torch.int32}
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
     named = loaded.base.model.named_parameters()
     return {name: int(p.detach().view(kinds[p.element_size()]).sum(dtype=torch.int64)) for name, p in named}
 

@@ -23,6 +23,7 @@ def evaluate_adapter(
     max_rows: int | None = None,
     settings: Settings | None = None,
     base_model: str | None = None,
+    load_in_4bit: bool | None = None,
     output: Path | None = None,
 ) -> tuple[Evaluation, list[Path]]:
     """Base and tuned on `data`, or on the run's own test (else validation) rows.
@@ -41,12 +42,17 @@ def evaluate_adapter(
     folder = RunFolder(path)
     finished = folder.result.exists()
     before = folder.read_result() if finished else {}
-    session = reopen(path, base_model=base_model)
+    session = reopen(path, base_model=base_model, load_in_4bit=load_in_4bit)
     rows, split = rows_of(path, session, data)
     evaluation = session.evaluator(rows.take(max_rows), settings).side_by_side(session.model)
     report: dict[str, Any] = {
         **evaluation.to_dict(),
-        "evaluated_on": {"split": split, "source": rows.source, **asdict(settings)},
+        "evaluated_on": {
+            "split": split,
+            "source": rows.source,
+            "load_in_4bit": session.base.load_in_4bit,
+            **asdict(settings),
+        },
     }
     written = []
     if finished:

@@ -206,10 +206,17 @@ def _positions(base: Base) -> int | None:
     return min(fitting) if fitting else None
 
 
-def reopen(folder: Path, *, base_model: str | None = None, dtype: str = "auto", device: str = "auto") -> Session:
+def reopen(
+    folder: Path,
+    *,
+    base_model: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    load_in_4bit: bool | None = None,
+) -> Session:
     """Load a trained adapter (an adapter folder, or a run folder holding `adapter/`) on its base model.
 
-    `dtype` auto takes the type that it was trained in.
+    `dtype` auto takes the type that it was trained in, and `load_in_4bit` None the weights that it was trained on.
 
     Raises:
         ConfigError: there is no such folder.
@@ -233,7 +240,7 @@ def reopen(folder: Path, *, base_model: str | None = None, dtype: str = "auto", 
         dtype=notes.get("dtype", "auto") if dtype == "auto" else dtype,
         device=device,
         revision=notes.get("revision"),
-        load_in_4bit=notes.get("load_in_4bit", False),
+        load_in_4bit=notes.get("load_in_4bit", False) if load_in_4bit is None else load_in_4bit,
     )
     model = load_adapter(base.model, folder)
     data = notes.get("data") or {"max_length": 1024, "chat_template": "auto", "loss_on": "responses"}

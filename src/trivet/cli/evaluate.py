@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 
 from trivet.cli.app import verb
-from trivet.cli.measuring import ALL_ROWS, BatchSize, MaxGenerateRows, MaxNewTokens, MaxRows, NoGenerate, Output
+from trivet.cli.measuring import (
+    ALL_ROWS,
+    BatchSize,
+    InFourBit,
+    MaxGenerateRows,
+    MaxNewTokens,
+    MaxRows,
+    NoGenerate,
+    Output,
+)
 from trivet.cli.train import show
 from trivet.garbage import uncollected
 
@@ -25,6 +34,7 @@ def register(app: typer.Typer) -> None:
         batch_size: BatchSize = 16,
         no_generate: NoGenerate = False,
         base_model: Annotated[str, typer.Option(help="where the adapter does not say which it belongs to")] = "",
+        load_in_4bit: InFourBit = None,
         output: Output = None,
     ) -> None:
         """Measure base and tuned on the same rows, with 95% intervals; a run folder's result.json is updated."""
@@ -44,6 +54,7 @@ def register(app: typer.Typer) -> None:
             max_rows=max_rows,
             settings=settings,
             base_model=base_model or None,
+            load_in_4bit=load_in_4bit,
             output=output,
         )
         show(evaluation)

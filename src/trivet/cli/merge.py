@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from trivet.cli.app import verb
+from trivet.cli.measuring import InFourBit
 from trivet.errors import ConfigError
 from trivet.garbage import uncollected
 
@@ -29,6 +30,7 @@ def register(app: typer.Typer) -> None:
         output: Annotated[Path, typer.Argument(help="folder for the full model")],
         dtype: Annotated[str, typer.Option(help="auto (as trained), float32, bfloat16 or float16")] = "auto",
         base_model: Annotated[str, typer.Option(help="where the adapter does not say which it belongs to")] = "",
+        load_in_4bit: InFourBit = None,
         overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is in OUTPUT")] = False,
     ) -> None:
         """Add the update to the base model's weights and write a model that transformers loads by itself."""
@@ -39,6 +41,6 @@ def register(app: typer.Typer) -> None:
             from trivet.adapter.save import merge as write_merged
             from trivet.session import reopen
 
-        session = reopen(adapter, base_model=base_model or None, dtype=dtype)
+        session = reopen(adapter, base_model=base_model or None, dtype=dtype, load_in_4bit=load_in_4bit)
         _, proof = write_merged(session.model, output, session.probe(), tokenizer=session.tokenizer)
         typer.echo(f"wrote {output}; {proof}")

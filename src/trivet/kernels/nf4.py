@@ -31,10 +31,16 @@ def values() -> torch.Tensor:
 
 
 @functools.cache
-def _pairs(device: torch.device) -> torch.Tensor:
-    """(256,) int64: the bits of the two float32 values that a byte of codes stands for."""
-    table = torch.stack([values().repeat_interleave(16), values().repeat(16)], dim=1)
-    return table.view(torch.int64).flatten().to(device)
+def _table(device: torch.device) -> torch.Tensor:
+    """What a byte's two codes stand for, as the bits of two float32 values: (256,) int64.
+
+    On CPUs what two bytes stand for, 16 bytes an entry: (65536,) complex128. It takes half as many look-ups.
+    """
+    pairs = torch.stack([values().repeat_interleave(16), values().repeat(16)], dim=1)
+    if device.type != "cpu":
+        return pairs.view(torch.int64).flatten().to(device)
+    both = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.uint8)  # in this machine's order
+    return pairs[both.int()].view(2**16, 4).view(torch.complex128).flatten()
 
 
 @torch.no_grad()
@@ -62,12 +68,14 @@ def dequantise(codes: torch.Tensor, scales: torch.Tensor, shape: Sequence[int], 
     """The weight (of `shape`) that `quantise` returned these for, in `dtype`: value times scale, rounded once."""
     if codes.is_meta:
         return torch.empty(tuple(shape), dtype=dtype, device="meta")
-    table, part = _pairs(codes.device), _PART if codes.device.type == "cpu" else len(codes)
+    table, cpu = _table(codes.device), codes.device.type == "cpu"
+    part = _PART if cpu else len(codes)
     whole = empty(len(scales), BLOCK, like=torch.empty(0, dtype=dtype, device=codes.device))
     step = 2 * part // BLOCK
     for some, scale, out in zip(codes.split(part), scales.split(step), whole.split(step), strict=True):
         exact = out if dtype == torch.float32 else out.new_empty(out.shape, dtype=torch.float32)
-        torch.index_select(table, 0, some.int(), out=exact.view(torch.int64).view(-1))
+        entries = some.view(torch.uint16) if cpu else some
+        torch.index_select(table, 0, entries.int(), out=exact.view(-1).view(table.dtype))
         exact.mul_(scale.float()[:, None])
         if exact is not out:
             out.copy_(exact)

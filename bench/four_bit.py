@@ -1,0 +1,121 @@
+"""What does a base model in 4 bits cost in quality? `python bench/four_bit.py --data FOLDER`.
+
+Plain LoRA of r = 4 at the learning rate that `bench/quality.py` chose for it with whole weights, in float32, on the
+base model as it is and with its linear layers in NF4 (`model.load_in_4bit`), seed by seed. Appends a line a run to
+bench/results/four_bit.jsonl; what is there already is skipped, `--table` prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import quality
+from quality_table import append, chosen, difference, lines, read
+from quality_tasks import CANDIDATES, TASKS, Loaded, heads, load_task
+from versions import processor, versions
+
+RESULTS = Path(__file__).resolve().parent / "results" / "four_bit.jsonl"
+CANDIDATE = CANDIDATES["lora-r4"]
+DEFAULT_TASKS = ("trec-head", "e2e", "snips", "stories-e2e")
+CAPTION = (
+    "Plain LoRA of r = 4 in float32: the base model's test loss before training with whole weights, and how much "
+    "higher it is with linear layers in 4 bits (NF4); then the tuned model's, mean over seeds, and the difference over "
+    "seeds with its 95% interval. A new head makes a classifier's loss before training meaningless. SmolLM2's weights "
+    "here were published in 4 bits of another kind (Q4_1) before, and count as whole ones."
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder of the task files")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(DEFAULT_TASKS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="only print what is there, as Markdown")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(table(lines(arguments.results)))
+        return
+    if arguments.data is None:
+        parser.error("--data is needed: the folder of the task files")
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # read when torch is imported
+    tuned = read(quality.RESULTS)
+    for name in arguments.tasks:
+        best = chosen(tuned, TASKS[name], CANDIDATE)
+        if best is None:
+            parser.error(f"{name}: bench/quality.py has chosen no learning rate for plain LoRA there yet")
+        loaded: dict[bool, Loaded] = {}
+        for seed in arguments.seeds:
+            for four in (False, True):
+                done = lines(arguments.results) if arguments.results.exists() else []
+                if any((row["task"], row["seed"], row["load_in_4bit"]) == (name, seed, four) for row in done):
+                    continue
+                if four not in loaded:
+                    loaded[four] = load(replace(TASKS[name], dtype="float32"), arguments.data, four)
+                row = measure(loaded[four], seed, four, *best)
+                append(arguments.results, row)
+                print(
+                    name, seed, "4 bits" if four else "whole", row["test"], f"{row['train_seconds']:.0f} s", flush=True
+                )
+
+
+def load(task: Any, data: Path, four: bool) -> Loaded:
+    """The task, on a base model with whole weights or in 4 bits."""
+    from trivet.four_bit import to_four_bit
+
+    loaded = load_task(task, data)
+    if four:
+        to_four_bit(loaded.base.model, heads(loaded))
+    return loaded
+
+
+def measure(loaded: Loaded, seed: int, four: bool, rate: float, scale: float) -> dict[str, Any]:
+    """One run, and the base model before it on the same test rows."""
+    from trivet.session import Session
+
+    before = None
+    if not loaded.task.labelled:
+        session = Session(loaded.base, loaded.base.model, loaded.encoder, loaded.data)
+        before = quality.figures(session, loaded.splits.test)
+    row = quality.run(loaded, CANDIDATE, seed, rate, scale)
+    kept = ("task", "method", "seed", "learning_rate", "steps", "validation", "test", "failed", "train_seconds")
+    return {
+        "load_in_4bit": four, "before": before, **{name: row[name] for name in kept}, "dtype": loaded.task.dtype,
+        "processor": processor(), "versions": versions(),
+    }  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line a task."""
+    rendered = ["| task | seeds | before | in 4 bits | tuned | in 4 bits |", "| --- | --- | --- | --- | --- | --- |"]
+    for name in TASKS:
+        whole, four = (
+            {
+                row["seed"]: row
+                for row in rows
+                if (row["task"], row["load_in_4bit"], row["failed"]) == (name, kind, None)
+            }
+            for kind in (False, True)
+        )
+        seeds = sorted(whole.keys() & four.keys())
+        if not seeds:
+            continue
+        before = ["-", "-"]
+        if whole[seeds[0]]["before"]:
+            first, other = (side[seeds[0]]["before"]["loss"] for side in (whole, four))
+            before = [f"{first:.4f}", f"{other - first:+.4f}"]
+        losses = [[side[seed]["test"]["loss"] for seed in seeds] for side in (whole, four)]
+        apart = difference([b - a for a, b in zip(*losses, strict=True)])
+        cells = [TASKS[name].title, str(len(seeds)), *before, f"{statistics.fmean(losses[0]):.4f}", apart]
+        rendered.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rendered)
+
+
+if __name__ == "__main__":
+    main()
