@@ -231,9 +231,18 @@ def test_from_the_shell(world: Any) -> None:
     done = trivet(world.cwd, ["train", "config.yaml", "load_in_4bit=true", "output_dir=runs/four"])
     assert done.returncode == 0, done.stderr
     assert "with weights in 4 bits" in done.stdout + done.stderr
-    for arguments in (["evaluate", "runs/four", "--data", "train.jsonl"], ["merge", "runs/four", "merged"]):
-        done = trivet(world.cwd, arguments)
+    losses = []
+    for choice, four in ((), True), (("--no-load-in-4bit",), False):
+        done = trivet(world.cwd, ["evaluate", "runs/four", "--data", "train.jsonl", "--no-generate", *choice])
         assert done.returncode == 0, done.stderr
+        found = json.loads((world.cwd / "runs/four/result.json").read_text())
+        assert found["evaluated_on"]["load_in_4bit"] is four
+        losses.append(found["metrics"]["base"]["loss"])
+    assert 0 < abs(losses[0] - losses[1]) < 0.2
+    done = trivet(world.cwd, ["merge", "runs/four", "whole", "--no-load-in-4bit"])
+    assert done.returncode == 0, done.stderr
+    done = trivet(world.cwd, ["verify", "whole", "--against", "runs/four"])
+    assert done.returncode == 1 and "compute" in done.stderr  # not what was trained
     done = trivet(world.cwd, ["train", "config.yaml", "load_in_4bit=maybe", "output_dir=runs/five"])
     assert done.returncode == 2 and "load_in_4bit" in done.stderr
 
