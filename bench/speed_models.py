@@ -40,6 +40,11 @@ def llama(spec: dict[str, Any], dtype: torch.dtype) -> Any:
     return random_model(LlamaForCausalLM, config, dtype, spec["device"])
 
 
+def save_llama(spec: dict[str, Any], dtype: torch.dtype, folder: str) -> None:
+    """Random weights of a size, as files."""
+    llama(spec, dtype).save_pretrained(folder)
+
+
 def gpt2(spec: dict[str, Any], dtype: torch.dtype) -> Any:
     """Random weights of GPT-2's size (124M), with its dropout."""
     from transformers import GPT2Config, GPT2LMHeadModel

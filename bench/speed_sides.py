@@ -14,11 +14,12 @@ from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
+from multiprocessing import get_context
 from typing import Any
 
 import torch
 from speed_child import Turns, loop, lora
-from speed_models import causal_model, llama, numbers, random_ids, random_model
+from speed_models import causal_model, llama, numbers, random_ids, random_model, save_llama
 from torch import nn
 
 #: The sides' types; the others have trivet's own choice, bfloat16 where the processor computes in it.
@@ -99,28 +100,33 @@ def dense(turns: Turns, spec: dict[str, Any]) -> None:
 
 def four_bits(spec: dict[str, Any]) -> Any:
     """The language model with its frozen weights in NF4: trivet's way, or bitsandbytes' with QLoRA's settings."""
-    from trivet.four_bit import to_four_bit
-
-    if spec["side"].startswith("trivet"):
-        model = causal_model(spec, "auto")
-        to_four_bit(model)
-        return model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from trivet.demo import DEMO_MODELS, demo_path
+    from trivet.four_bit import to_four_bit
     from trivet.model import pick_dtype
 
-    dtype = pick_dtype("auto", torch.device(spec["device"]))
-    bits = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-    options = {"quantization_config": bits, "dtype": dtype, "device_map": spec["device"]}
-    if not spec["size"]:
+    options = {"dtype": pick_dtype("auto", torch.device(spec["device"])), "device_map": spec["device"]}
+    if spec["side"] == "peft-4bit":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=options["dtype"],
+        )
+    with tempfile.TemporaryDirectory() as folder:
         where = demo_path(spec["base"]) if spec["base"] in DEMO_MODELS else spec["base"]
-        return AutoModelForCausalLM.from_pretrained(where, **options)
-    with tempfile.TemporaryDirectory() as folder:  # which it reads what it quantises from
-        llama(spec, dtype).save_pretrained(folder)
-        return AutoModelForCausalLM.from_pretrained(folder, **options)
+        if spec["size"]:  # in another process, as freed memory that a training uses again counts as the training's
+            where, maker = (
+                folder,
+                get_context("spawn").Process(target=save_llama, args=(spec, options["dtype"], folder)),
+            )
+            maker.start()
+            maker.join()
+        model = AutoModelForCausalLM.from_pretrained(where, **options)
+        if spec["side"] == "trivet-4bit":
+            to_four_bit(model)
+        return model
 
 
 def floor(model: Any, rows: int, length: int, counts: dict[str, int]) -> Callable[[int], dict[str, int]]:
