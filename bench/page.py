@@ -9,6 +9,7 @@ from pathlib import Path
 
 import auto
 import cuts
+import four_bit
 import order
 import pareto
 import plan_table
@@ -48,6 +49,8 @@ def figures() -> str:
         parts += ["", "### What a cut after training costs", "", cuts.table(lines(cuts.RESULTS)), "", cuts.CAPTION]
     if order.RESULTS.exists():
         parts += ["", "### The order of the rows", "", order.table(lines(order.RESULTS)), "", order.CAPTION]
+    if four_bit.RESULTS.exists():
+        parts += ["", "### A base model in 4 bits", "", four_bit.table(lines(four_bit.RESULTS)), "", four_bit.CAPTION]
     shrink = HERE / "results" / "shrink.jsonl"
     if shrink.exists():
         parts += [

@@ -22,6 +22,7 @@ from trivet.methods import find_method
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import cuts
+import four_bit
 import order
 import page
 import pareto
@@ -422,6 +423,25 @@ def test_what_each_rule_would_keep_of_a_cut() -> None:
     better = {**row, "cuts": [{**made[0], "looked": [0.2, 0.2]}, *made[1:]]}
     assert [cuts.kept(better, rule)["share"] for rule in cuts.RULES] == [0.25, 0.25, 0.5, 0.25, 0.5]
     assert cuts.table([row]).splitlines()[2].startswith("| SST-2 (MiniLM-L6), 0 | 0.000 | 1.000 | 2.000 |")
+
+
+# -- a base model in 4 bits -----------------------------------------------------------------------------------
+
+
+def test_a_base_in_4_bits_is_measured_and_compared_seed_by_seed(loaded: Any) -> None:
+    row = four_bit.measure(loaded, 1, False, 1e-2, 2.0)
+    assert row["before"] is None and math.isfinite(row["test"]["loss"])  # a classifier's head is new
+    rows = [
+        {
+            "task": "e2e", "load_in_4bit": four, "seed": seed, "before": {"loss": 3.0 + four / 4}, "failed": None,
+            "test": {"loss": seed + four / 8},
+        }
+        for four in (False, True)
+        for seed in (0, 1, 2)
+    ]  # fmt: skip
+    alone, failed = {**rows[0], "seed": 7}, {**rows[0], "seed": 8, "failed": "why", "test": None}
+    line = "| E2E (SmolLM2-135M) | 3 | 3.0000 | +0.2500 | 1.0000 | +0.1250 [+0.1250, +0.1250] |"
+    assert four_bit.table([*rows, alone, failed]).splitlines()[2:] == [line]
 
 
 # -- the order of the rows ------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Frozen linear layers with their weights in 4 bits (QLoRA's base model; Dettmers et al. 2023, arXiv 2305.14314).
 
-A layer holds codes and scales, and makes its weight anew for every product: an eighth of float32's memory for a few per
-cent of a training step's time. What is trained, saved, proved and merged is relative to these weights.
+A layer holds codes and scales, and makes its weight anew for every product: an eighth of float32's memory for about a
+tenth of a training step's time. What is trained, saved, proved and merged is relative to these weights.
 """
 
 from __future__ import annotations
