@@ -22,7 +22,7 @@ from trivet.adapter.load import load_adapter
 from trivet.adapter.save import logits
 from trivet.configio import load
 from trivet.data.dataset import load_dataset
-from trivet.errors import ConfigError
+from trivet.errors import ConfigError, ModelError
 from trivet.four_bit import FourBitLinear, count_parameters, in_four_bit, to_four_bit, to_plain
 from trivet.model import Base, load_base
 from trivet.run import train
@@ -80,6 +80,30 @@ def test_heads_and_new_poolers_stay(tiny: Any) -> None:
     assert type(base.model.bert.encoder.layer[0].attention.self.query) is FourBitLinear
     to_four_bit(left := copy.deepcopy(load_base(str(tiny("bert")), task="regression", **CPU).model), ["bert.pooler"])
     assert type(left.bert.pooler.dense) is nn.Linear and type(left.classifier) is FourBitLinear
+
+
+def test_in_16_bits_heads_and_frequencies_stay_in_float32(tiny: Any) -> None:
+    base = four_bits(tiny("bert"), task="classification", labels=["a", "b"], dtype="bfloat16")
+    assert base.model.classifier.weight.dtype == torch.float32
+    for four in (True, False):
+        model: Any = load_base(str(tiny("llama")), load_in_4bit=four, dtype="bfloat16", device="cpu").model
+        assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+        assert model.model.norm.weight.dtype == torch.bfloat16
+
+
+def test_a_file_in_16_bits_is_computed_in_float32(tiny: Any, tmp_path: Path) -> None:
+    load_base(str(tiny("llama")), dtype="bfloat16", device="cpu").model.save_pretrained(tmp_path)
+    for file in tiny("llama").glob("token*"):
+        shutil.copy(file, tmp_path)
+    base = four_bits(tmp_path)
+    assert {p.dtype for p in base.model.parameters()} == {torch.float32, torch.uint8, torch.int16}
+    assert in_four_bit(base.model)[0].weight.dtype == torch.float32 == base.dtype
+
+
+def test_a_model_without_linear_layers_is_refused(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trivet.model.to_four_bit", lambda *_: None)
+    with pytest.raises(ModelError, match="no linear layers"):
+        four_bits(tiny("llama"))
 
 
 def test_layers_that_share_a_weight_stay() -> None:

@@ -14,7 +14,7 @@ import torch
 
 from trivet.demo import DEMO_MODELS, demo_path
 from trivet.errors import ConfigError, ModelError, TrivetError
-from trivet.four_bit import count_parameters, to_four_bit
+from trivet.four_bit import count_parameters, in_four_bit, to_four_bit
 from trivet.kernels.product import multiplies
 from trivet.tokenizer import check_tokenizer, ensure_pad
 
@@ -138,7 +138,10 @@ def load_base(
         )
     if load_in_4bit:
         to_four_bit(model, heads, target)
-        model.to(kind)
+        if not in_four_bit(model):
+            raise ModelError(f"model {name}: has no linear layers that could be held in 4 bits; leave load_in_4bit out")
+        if kind == torch.float32:  # 16 bits were loaded as such, beside what stays in float32
+            model.to(kind)
     model.config.pad_token_id = tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
