@@ -132,7 +132,7 @@ def test_the_result_says_what_was_measured_and_with_what(done: Path) -> None:
     result = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert set(result) == {
         "metrics", "intervals", "n", "evaluated_on", "best_validation_loss", "best_step", "steps", "model", "task",
-        "method", "dtype", "device", "ranks", "rank_history", "rank_seconds", "adapter_parameters",
+        "method", "dtype", "load_in_4bit", "device", "ranks", "rank_history", "rank_seconds", "adapter_parameters",
         "trainable_parameters", "total_parameters", "tokens_per_second",
         "peak_memory_bytes", "wall_seconds", "proof", "seed", "data", "versions", "finished",
         "deterministic", "nondeterministic_because", "threads",
