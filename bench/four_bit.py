@@ -7,20 +7,16 @@ bench/results/four_bit.jsonl; what is there already is skipped, `--table` prints
 
 from __future__ import annotations
 
-import argparse
-import os
 import statistics
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import plain_lora
 import quality
-from quality_table import append, chosen, difference, lines, read
-from quality_tasks import CANDIDATES, TASKS, Loaded, heads, load_task
-from versions import processor, versions
+from quality_table import difference, lines
+from quality_tasks import TASKS, Loaded, heads, load_task
 
 RESULTS = Path(__file__).resolve().parent / "results" / "four_bit.jsonl"
-CANDIDATE = CANDIDATES["lora-r4"]
 DEFAULT_TASKS = ("trec-head", "e2e", "snips", "stories-e2e")
 CAPTION = (
     "Plain LoRA of r = 4 in float32: the base model's test loss before training with whole weights, and how much "
@@ -31,38 +27,12 @@ CAPTION = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder of the task files")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(DEFAULT_TASKS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="only print what is there, as Markdown")
+    parser = plain_lora.parser(__doc__, RESULTS, DEFAULT_TASKS, [0, 1, 2])
     arguments = parser.parse_args()
     if arguments.table:
         print(table(lines(arguments.results)))
         return
-    if arguments.data is None:
-        parser.error("--data is needed: the folder of the task files")
-    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # read when torch is imported
-    tuned = read(quality.RESULTS)
-    for name in arguments.tasks:
-        best = chosen(tuned, TASKS[name], CANDIDATE)
-        if best is None:
-            parser.error(f"{name}: bench/quality.py has chosen no learning rate for plain LoRA there yet")
-        loaded: dict[bool, Loaded] = {}
-        for seed in arguments.seeds:
-            for four in (False, True):
-                done = lines(arguments.results) if arguments.results.exists() else []
-                if any((row["task"], row["seed"], row["load_in_4bit"]) == (name, seed, four) for row in done):
-                    continue
-                if four not in loaded:
-                    loaded[four] = load(replace(TASKS[name], dtype="float32"), arguments.data, four)
-                row = measure(loaded[four], seed, four, *best)
-                append(arguments.results, row)
-                print(
-                    name, seed, "4 bits" if four else "whole", row["test"], f"{row['train_seconds']:.0f} s", flush=True
-                )
+    plain_lora.compare(parser, arguments, (False, True), "load_in_4bit", measure, load, kind=lambda four: four)
 
 
 def load(task: Any, data: Path, four: bool) -> Loaded:
@@ -83,12 +53,7 @@ def measure(loaded: Loaded, seed: int, four: bool, rate: float, scale: float) ->
     if not loaded.task.labelled:
         session = Session(loaded.base, loaded.base.model, loaded.encoder, loaded.data)
         before = quality.figures(session, loaded.splits.test)
-    row = quality.run(loaded, CANDIDATE, seed, rate, scale)
-    kept = ("task", "method", "seed", "learning_rate", "steps", "validation", "test", "failed", "train_seconds")
-    return {
-        "load_in_4bit": four, "before": before, **{name: row[name] for name in kept}, "dtype": loaded.task.dtype,
-        "processor": processor(), "versions": versions(),
-    }  # fmt: skip
+    return {"load_in_4bit": four, "before": before, **plain_lora.run(loaded, seed, rate, scale)}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -8,21 +8,16 @@ what is there already is skipped, `--shard 0/2` and `--shard 1/2` share the seed
 
 from __future__ import annotations
 
-import argparse
-import os
 import statistics
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import quality
-from quality_table import append, chosen, difference, lines, read
-from quality_tasks import CANDIDATES, TASKS, Loaded, load_task
-from versions import processor, versions
+import plain_lora
+from quality_table import difference, lines
+from quality_tasks import TASKS, Loaded
 
 RESULTS = Path(__file__).resolve().parent / "results" / "order.jsonl"
-CANDIDATE = CANDIDATES["lora-r4"]
 ORDERS = ("shuffled", "sorted", "random")
 DEFAULT_TASKS = ("trec-head", "e2e", "stories-e2e")
 CAPTION = (
@@ -33,36 +28,13 @@ CAPTION = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder of the task files")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(DEFAULT_TASKS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser = plain_lora.parser(__doc__, RESULTS, DEFAULT_TASKS, [0, 1, 2, 3, 4])
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--shard", default="0/1", help="this process's part of the seeds, e.g. 0/2")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="only print what is there, as Markdown")
     arguments = parser.parse_args()
     if arguments.table:
         print(table(lines(arguments.results)))
         return
-    if arguments.data is None:
-        parser.error("--data is needed: the folder of the task files")
-    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # read when torch is imported
-    tuned = read(quality.RESULTS)
-    for name in arguments.tasks:
-        loaded, best = None, chosen(tuned, TASKS[name], CANDIDATE)
-        if best is None:
-            parser.error(f"{name}: bench/quality.py has chosen no learning rate for plain LoRA there yet")
-        for seed in quality.shard(arguments.seeds, arguments.shard):
-            for order in arguments.orders:
-                done = lines(arguments.results) if arguments.results.exists() else []
-                if any((row["task"], row["seed"], row["order"]) == (name, seed, order) for row in done):
-                    continue
-                loaded = loaded or load_task(replace(TASKS[name], dtype="float32"), arguments.data)
-                row = measure(loaded, seed, order, *best)
-                append(arguments.results, row)
-                print(name, seed, order, row["validation"], f"{row['train_seconds']:.0f} s", flush=True)
+    plain_lora.compare(parser, arguments, arguments.orders, "order", measure)
 
 
 def measure(loaded: Loaded, seed: int, order: str, rate: float, scale: float) -> dict[str, Any]:
@@ -72,14 +44,10 @@ def measure(loaded: Loaded, seed: int, order: str, rate: float, scale: float) ->
     ours = trainer.LengthSampler
     trainer.LengthSampler = sampler(order)  # type: ignore[misc]
     try:
-        row = quality.run(loaded, CANDIDATE, seed, rate, scale)
+        row = plain_lora.run(loaded, seed, rate, scale)
     finally:
         trainer.LengthSampler = ours  # type: ignore[misc]
-    kept = ("task", "method", "seed", "learning_rate", "steps", "validation", "test", "failed", "train_seconds")
-    return {
-        "order": order, **{name: row[name] for name in kept}, "padding": padding(loaded, seed, order),
-        "dtype": loaded.task.dtype, "processor": processor(), "versions": versions(),
-    }  # fmt: skip
+    return {"order": order, **row, "padding": padding(loaded, seed, order)}
 
 
 def sampler(order: str) -> Any:

@@ -288,4 +288,4 @@ def heads(loaded: Loaded) -> list[str]:
     """The parts that are trained whole."""
     from trivet.model import head_names
 
-    return [*(head_names(loaded.base.model) if loaded.task.labelled else ()), *loaded.base.fresh]
+    return [*head_names(loaded.base.model, loaded.base.task), *loaded.base.fresh]

@@ -73,8 +73,9 @@ def dense(turns: Turns, spec: dict[str, Any]) -> None:
         model, made = unsloth_model(turns, spec)
     else:
         made = four_bits(spec) if side.endswith("-4bit") else causal_model(spec, DTYPES.get(side, "auto"))
-        theirs = {"versions": {name: version(name) for name in ("bitsandbytes", "peft")}} if side == "peft-4bit" else {}
-        turns.loaded(made, **theirs)
+        turns.loaded(made)
+        if side == "peft-4bit":
+            turns.facts["versions"] = {name: version(name) for name in ("bitsandbytes", "peft")}
     if side == "floor":
         return loop(turns, floor(made, rows, length, counts))
     vocabulary = made.config.vocab_size
@@ -117,10 +118,8 @@ def four_bits(spec: dict[str, Any]) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         where = demo_path(spec["base"]) if spec["base"] in DEMO_MODELS else spec["base"]
         if spec["size"]:  # in another process, as freed memory that a training uses again counts as the training's
-            where, maker = (
-                folder,
-                get_context("spawn").Process(target=save_llama, args=(spec, options["dtype"], folder)),
-            )
+            where = folder
+            maker = get_context("spawn").Process(target=save_llama, args=(spec, options["dtype"], folder))
             maker.start()
             maker.join()
         model = AutoModelForCausalLM.from_pretrained(where, **options)

@@ -31,6 +31,8 @@ def evaluate_adapter(
     In a run folder, `metrics`, `intervals`, `n` and `evaluated_on` of result.json become this evaluation's, and what
     they were is kept under `earlier_evaluations`; predictions.jsonl is replaced.
 
+    `load_in_4bit` None takes the base model's weights that it was trained on.
+
     Returns:
         The evaluation, and the files that were written.
     """

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from trivet.kernels.nf4 import dequantise, quantise
-from trivet.kernels.product import mm
+from trivet.kernels.product import linear
 
 
 class FourBitLinear(nn.Linear):
@@ -48,34 +47,17 @@ class FourBitLinear(nn.Linear):
         return dequantise(self.codes, scales, (self.out_features, self.in_features), dtype)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return _Product.apply(input, self)
+        return linear(input, self.weight_in, self.bias)
 
     def plain(self) -> nn.Module:
         """A layer of the original class that computes the same."""
-        conv = issubclass(self.kind, Conv1D)
-        with torch.device("meta"):
-            layer: Any = Conv1D(1, 1) if conv else nn.Linear(1, 1)
-        if conv:
-            layer.nf, layer.nx = self.out_features, self.in_features
-        else:
-            layer.out_features, layer.in_features = self.out_features, self.in_features
+        conv = self.kind is Conv1D
+        with torch.device("meta"):  # a Conv1D's arguments stand the other way round
+            sizes = (self.out_features, self.in_features) if conv else (self.in_features, self.out_features)
+            layer: Any = self.kind(*sizes)
         weight = self.weight.T.contiguous() if conv else self.weight
         layer.weight, layer.bias = nn.Parameter(weight, requires_grad=False), self.bias
         return layer
-
-
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layer: FourBitLinear) -> torch.Tensor:
-        ctx.layer = layer
-        y = mm(x.reshape(-1, x.shape[-1]), layer.weight_in(x.dtype).T, layer.bias)
-        return y.view(*x.shape[:-1], layer.out_features)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        dx = mm(grad.reshape(-1, grad.shape[-1]), ctx.layer.weight_in(grad.dtype))
-        return dx.view(*grad.shape[:-1], ctx.layer.in_features), None
 
 
 def to_four_bit(model: Any, left: Iterable[str] = (), device: torch.device | None = None) -> None:

@@ -127,7 +127,7 @@ def load_base(
         first = "auto" if load_in_4bit and kind == torch.float32 else kind  # 16-bit files need no more than that
         model, found = _auto_class(task).from_pretrained(where, dtype=first, output_loading_info=True, **options)
     fresh = _fresh_parts(model, found, task, name)
-    heads = [*(head_names(model) if task in ("classification", "regression") else ()), *fresh]
+    heads = [*head_names(model, task), *fresh]
     _float_parts(model, heads)
     if gguf:
         _forget_gguf(model)
@@ -224,8 +224,10 @@ def _fresh_parts(model: Any, found: Any, task: str, name: str) -> tuple[str, ...
     return tuple(dict.fromkeys(key.rpartition(".")[0] for key in body))
 
 
-def head_names(model: Any) -> list[str]:
-    """The parts of the model beside its pretrained body: classification heads, poolers outside the body."""
+def head_names(model: Any, task: str) -> list[str]:
+    """The parts of a labelled task's model beside its pretrained body: classification heads, poolers outside of it."""
+    if task not in ("classification", "regression"):
+        return []
     return [
         name
         for name, child in model.named_children()

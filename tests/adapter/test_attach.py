@@ -91,7 +91,7 @@ def test_only_the_adapter_and_the_head_are_trained(kind: str, task: str) -> None
         if isinstance(module, (torch.nn.Linear, hf.pytorch_utils.Conv1D))
         and module is not model.get_output_embeddings()
     }
-    heads = head_names(model) if task != "auto" else []
+    heads = head_names(model, task)
     assert set(heads) == (HEADS[kind] if task != "auto" else set())
     adapted = attach(model, lora_rank=4)
     trained = {name for name, p in adapted.named_parameters() if p.requires_grad}

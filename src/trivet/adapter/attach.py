@@ -96,7 +96,7 @@ def attach(
         task = task_of(model)
     policy = parts.part("rank")(lora_rank, **parts.options("rank"))
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
-    heads = [*(head_names(model) if task in ("classification", "regression") else ()), *modules_to_save]
+    heads = [*head_names(model, task), *modules_to_save]
     left_out = _not_adapted(model)
     config = LoraConfig(
         r=lora_rank,

@@ -21,7 +21,7 @@ from trivet.fast import widened_linear
 from trivet.four_bit import FourBitLinear
 from trivet.kernels.dropout import dropped
 from trivet.kernels.heap import empty
-from trivet.kernels.product import addmm_, mm
+from trivet.kernels.product import addmm_, keep_apart, made, mm
 from trivet.kernels.recipe import kept_for, rows_from
 
 
@@ -50,7 +50,7 @@ class FastLinear(MergingLinear):
         a, b = parts["lora_A"]._modules[name].weight, parts["lora_B"]._modules[name].weight
         settings = self.scaling[name], type(base) is Conv1D, p, seed
         four_bit = type(base) is FourBitLinear
-        weights = base if four_bit else base._parameters["weight"], base._parameters["bias"]
+        weights = base.weight_in if four_bit else base._parameters["weight"], base._parameters["bias"]
         if fast_gpu.wanted(x) and not four_bit:
             return fast_gpu.adapted(x, a, b, vars(self).get("halves", {}).get(name), *weights, *settings)
         return _AdaptedLinear.apply(x, a, b, *weights, *settings)
@@ -108,10 +108,8 @@ class _AdaptedLinear(torch.autograd.Function):
         ctx: Any, x: Any, a: Any, b: Any, weight: Any, bias: Any, scale: float, transposed: bool, p: float, seed: int
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        ctx.base = weight if isinstance(weight, FourBitLinear) else None
-        if ctx.base is not None:
-            weight = ctx.base.weight_in(x.dtype)
-        w = weight if transposed else weight.T
+        saved, ctx.make_weight = keep_apart(weight)
+        w = made(weight, x.dtype) if transposed else made(weight, x.dtype).T
         y = empty(*x.shape[:-1], w.shape[1], like=x)  # no view of another tensor, so that it may be changed in place
         flat = y.view(-1, w.shape[1])
         mm(rows, w, bias, out=flat)
@@ -120,22 +118,20 @@ class _AdaptedLinear(torch.autograd.Function):
         addmm_(flat, inner, small_b.T)
         a_learns, b_learns = ctx.needs_input_grad[1:3]
         ctx.maker, kept = kept_for(x, rows) if a_learns else (None, ())
-        ctx.save_for_backward(
-            inner if b_learns else None, small_a, small_b, weight if ctx.base is None else None, *kept
-        )
+        ctx.save_for_backward(inner if b_learns else None, small_a, small_b, saved, *kept)
         ctx.settings = scale / (1 - p), transposed, p, seed, x.shape, a.dtype, b.dtype
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Any) -> Any:
-        inner, a, b, weight, *kept = ctx.saved_tensors
+        inner, a, b, saved, *kept = ctx.saved_tensors
         scale, transposed, p, seed, shape, a_type, b_type = ctx.settings
         g = grad.reshape(-1, grad.shape[-1])
         low = mm(g, b)
         dx = da = db = None
         if ctx.needs_input_grad[0]:
-            weight = weight if ctx.base is None else ctx.base.weight_in(g.dtype)
+            weight = made(ctx.make_weight or saved, g.dtype)
             dx = mm(g, weight.T if transposed else weight)
             if p:
                 dx += dropped(mm(low, a), p, seed)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -90,18 +91,35 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.mm(a, b.float(), out=empty(len(a), b.shape[1], like=a))
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+#: A frozen layer's W, or what makes it in a type for each product anew.
+Weight = torch.Tensor | Callable[[torch.dtype], torch.Tensor]
+
+
+def made(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+    """W itself; where it has to be made, in `dtype`."""
+    return weight if isinstance(weight, torch.Tensor) else weight(dtype)
+
+
+def keep_apart(weight: Weight) -> tuple[torch.Tensor | None, Callable[[torch.dtype], torch.Tensor] | None]:
+    """(what autograd saves of W, what else the backward pass needs to have it)."""
+    return (weight, None) if isinstance(weight, torch.Tensor) else (None, weight)
+
+
+def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x Wᵀ + bias of a frozen layer: x (..., k), W (m, k), bias (m,). The gradient reaches x alone."""
     return _Linear.apply(x, weight, bias)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Any, weight: Any, bias: Any) -> torch.Tensor:
-        ctx.save_for_backward(weight)
-        return mm(x.reshape(-1, x.shape[-1]), weight.T, bias).view(*x.shape[:-1], len(weight))
+    def forward(ctx: Any, x: Any, weight: Weight, bias: Any) -> torch.Tensor:
+        saved, ctx.make_weight = keep_apart(weight)
+        ctx.save_for_backward(saved)
+        w = made(weight, x.dtype)
+        return mm(x.reshape(-1, x.shape[-1]), w.T, bias).view(*x.shape[:-1], len(w))
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        (weight,) = ctx.saved_tensors
-        return mm(grad.reshape(-1, grad.shape[-1]), weight).view(*grad.shape[:-1], weight.shape[1]), None, None
+        (saved,) = ctx.saved_tensors
+        w = made(ctx.make_weight or saved, grad.dtype)
+        return mm(grad.reshape(-1, grad.shape[-1]), w).view(*grad.shape[:-1], w.shape[1]), None, None

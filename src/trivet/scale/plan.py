@@ -114,7 +114,7 @@ def plan(
     task = task_of(shape, wanted.task, config.data.format)
     base = build(shape, task, _DTYPES[wanted.dtype])
     if wanted.load_in_4bit:
-        to_four_bit(base, head_names(base) if task in ("classification", "regression") else ())
+        to_four_bit(base, head_names(base, task))
     probed = "probe" in method.spec("rank").traits  # ranks that the data decides: as many numbers, spread evenly
     counted = trace(
         base,
