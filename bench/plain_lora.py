@@ -1,6 +1,7 @@
 """Plain LoRA of r = 4 in float32, at the learning rate that `bench/quality.py` chose for it, in variants of one thing.
 
-What `bench/order.py` and `bench/four_bit.py` share: tasks, seeds and variants in turn, a line a run, nothing twice.
+What `bench/order.py`, `bench/four_bit.py` and `bench/rates.py` share: tasks, seeds and variants in turn, a line a run,
+nothing twice.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from quality_tasks import CANDIDATES, TASKS, Loaded, load_task
 from versions import processor, versions
 
 CANDIDATE = CANDIDATES["lora-r4"]
-KEPT = ("task", "method", "seed", "learning_rate", "steps", "validation", "test", "failed", "train_seconds")
+KEPT = (
+    "task", "method", "seed", "learning_rate", "steps", "validation", "test", "failed", "train_seconds", "trials",
+    "trial_seconds",
+)  # fmt: skip
 
 
 def parser(doc: str | None, results: Path, tasks: Sequence[str], seeds: Sequence[int]) -> argparse.ArgumentParser:
@@ -71,8 +75,8 @@ def compare(
                 print(name, seed, f"{column}={variant}", row["test"], f"{row['train_seconds']:.0f} s", flush=True)
 
 
-def run(loaded: Loaded, seed: int, rate: float, scale: float) -> dict[str, Any]:
+def run(loaded: Loaded, seed: int, rate: float | str, scale: float) -> dict[str, Any]:
     """One run: what is kept of it, and on what it was made."""
     row = quality.run(loaded, CANDIDATE, seed, rate, scale)
     made_on = {"dtype": loaded.task.dtype, "processor": processor(), "versions": versions()}
-    return {name: row[name] for name in KEPT} | made_on
+    return {name: row[name] for name in KEPT if name in row} | made_on

@@ -123,7 +123,9 @@ def compare(
     return failed
 
 
-def run(loaded: Loaded, candidate: Candidate, seed: int, rate: float, scale: float, best: float = math.inf) -> dict:
+def run(
+    loaded: Loaded, candidate: Candidate, seed: int, rate: float | str, scale: float, best: float = math.inf
+) -> dict:
     """Train one fresh adapter on the shared base and measure it; the test rows only if it beats `best` on validation.
 
     Raises `RuntimeError` where the run has changed the base model, which the next run would start from.
@@ -138,7 +140,7 @@ def run(loaded: Loaded, candidate: Candidate, seed: int, rate: float, scale: flo
     model = attach(loaded, candidate, config, scale)
     session = Session(loaded.base, model, loaded.encoder, loaded.data)
     failed = validation = test = None
-    took: dict[str, float] = {}
+    took: dict[str, Any] = {}
     try:
         try:
             took = fit(session, loaded, config)
@@ -175,7 +177,7 @@ def run(loaded: Loaded, candidate: Candidate, seed: int, rate: float, scale: flo
     }  # fmt: skip
 
 
-def configured(task: Task, candidate: Candidate, seed: int, rate: float) -> Any:
+def configured(task: Task, candidate: Candidate, seed: int, rate: float | str) -> Any:
     """The settings of a run, as `trivet train` would take them."""
     from trivet.configio import load
 
@@ -193,17 +195,26 @@ def configured(task: Task, candidate: Candidate, seed: int, rate: float) -> Any:
     )
 
 
-def fit(session: Any, loaded: Loaded, config: Any) -> dict[str, float]:
-    """Train as a run does, but for checkpoints and validation on the way; what it took."""
+def fit(session: Any, loaded: Loaded, config: Any) -> dict[str, Any]:
+    """Train as a run does, but for checkpoints and validation on the way; what it took, and the rate that was found."""
     from rich.console import Console
     from transformers.trainer_utils import IntervalStrategy
 
+    from trivet.learning_rate import with_rate
     from trivet.prepare import Prepared
     from trivet.runfolder import RunFolder
     from trivet.train.callback import RunLog
     from trivet.training import make_trainer
 
     ready = Prepared(config, loaded.splits, session, loaded.train_rows, loaded.validation_rows, loaded.summary)
+    found: dict[str, Any] = {}
+    if config.training.learning_rate == "auto":
+        began = time.perf_counter()
+        ready = with_rate(ready, Console(quiet=True))
+        found = {
+            "learning_rate": ready.config.training.learning_rate, "trials": ready.trials,
+            "trial_seconds": round(time.perf_counter() - began, 2),
+        }  # fmt: skip
     with tempfile.TemporaryDirectory() as place:
         log = RunLog(Path(place) / "log.jsonl", Console(quiet=True))
         trainer = make_trainer(ready, RunFolder(Path(place)), log)
@@ -217,7 +228,8 @@ def fit(session: Any, loaded: Loaded, config: Any) -> dict[str, float]:
             log.close()
         seconds = {"train_seconds": time.perf_counter() - began, "train_cpu_seconds": time.process_time() - used}
     seconds["rank_seconds"] = trainer.ranks.seconds  # of train_seconds: measuring, deciding and resizing
-    return {"steps_done": trainer.state.global_step, **{name: round(value, 2) for name, value in seconds.items()}}
+    took = {name: round(value, 2) for name, value in seconds.items()}
+    return {"steps_done": trainer.state.global_step, **took, **found}
 
 
 def figures(session: Any, rows: Any) -> dict[str, float]:

@@ -31,6 +31,7 @@ import quality
 import quality_adalora
 import quality_table
 import quality_tasks
+import rates
 import translator
 from quality_tasks import CANDIDATES, TASKS, Candidate, Task
 
@@ -468,3 +469,33 @@ def test_orders_are_compared_seed_by_seed() -> None:
     line = f"| SST-2 (MiniLM-L6) | 3 | 1.0000 | {apart} | 0% | 50% |"
     unpaired, failed = {**rows[0], "seed": 3}, [{**row, "seed": 4, "failed": "why", "test": None} for row in rows]
     assert order.table([*rows, unpaired, *failed]).splitlines()[2:] == [line]
+
+
+# -- the learning rate that is found ---------------------------------------------------------------------------
+
+
+def test_a_rate_that_is_found_is_measured_like_one_that_is_given(loaded: Any) -> None:
+    found = rates.measure(loaded, 1, "auto", 1e-2, 2.0)
+    given = rates.measure(loaded, 1, "swept", found["learning_rate"], 2.0)
+    assert {trial["learning_rate"] for trial in found["trials"]} >= {7e-4, 2.8e-3, found["learning_rate"]}
+    assert (found["validation"], found["test"]) == (given["validation"], given["test"])
+    assert found["trial_seconds"] > 0 and "trials" not in given
+    others = [rates.measure(loaded, 1, way, 1e-2, 2.0)["learning_rate"] for way in ("start", "default")]
+    assert others == [2.8e-3, 3e-4]
+
+
+def test_rates_are_compared_seed_by_seed() -> None:
+    extra = {"auto": 0.25, "swept": 0.0, "start": 0.5, "default": 1.0}
+    rows = [
+        {
+            "task": "sst2", "way": way, "seed": seed, "test": {"loss": seed + more}, "failed": None,
+            "learning_rate": 1e-3 * (1 + seed), "train_seconds": 10.0, "trial_seconds": 5.0,
+        }
+        for way, more in extra.items()
+        for seed in (0, 1, 2)
+    ]  # fmt: skip
+    rows = [row for row in rows if (row["way"], row["seed"]) != ("default", 2)]
+    failed = [{**row, "seed": 4, "failed": "why", "test": None} for row in rows]
+    apart = "+0.2500 [+0.2500, +0.2500] | +0.5000 [+0.5000, +0.5000] | +1.0000 (n = 2: too small)"
+    line = f"| SST-2 (MiniLM-L6) | 3 | 0.001 | 1.0000 | 0.001, 0.002, 0.003 | {apart} | 50% |"
+    assert rates.table([*rows, *failed]).splitlines()[2:] == [line]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from trivet.methods import written
 
@@ -130,7 +130,9 @@ class TrainingConfig:
     gradient_accumulation_steps: int = option(
         1, "micro-steps per optimizer step, weighted by their supervised tokens", at_least=1
     )
-    learning_rate: float = option(3e-4, "peak learning rate", at_least=0)
+    learning_rate: float | Literal["auto"] = option(
+        3e-4, "peak learning rate; auto finds it in short trials before the run begins", at_least=0
+    )
     head_learning_rate: float | None = option(
         None, "peak learning rate of a classification or regression head; null means learning_rate", at_least=0
     )
@@ -205,9 +207,10 @@ class Config:
 
     def as_decided(self, before: Config) -> Config:
         """This config with what it leaves open as it was decided when the run `before` began."""
-        if self.training.packing is not None:
-            return self
-        return replace(self, training=replace(self.training, packing=before.training.packing))
+        settings, then = self.training, before.training
+        packing = then.packing if settings.packing is None else settings.packing
+        rate = then.learning_rate if settings.learning_rate == "auto" else settings.learning_rate
+        return replace(self, training=replace(settings, packing=packing, learning_rate=rate))
 
 
 #: Names from Hugging Face and common trainers -> ours. They are accepted in any section and at the top level.

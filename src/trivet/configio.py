@@ -219,6 +219,8 @@ def _convert(kind: Any, value: Any) -> tuple[Any, bool]:
         return value, False
     if kind is type(None):
         return None, value is None
+    if origin is typing.Literal:
+        return value, isinstance(value, str) and value in arguments
     if origin is list:
         listed = isinstance(value, (list, tuple))
         return (list(value), all(isinstance(v, arguments[0]) for v in value)) if listed else (value, False)
@@ -245,6 +247,8 @@ def _describe(kind: Any) -> str:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_describe(a) for a in arguments)
+    if origin is typing.Literal:
+        return " or ".join(arguments)
     words = "a list" if origin is list else "a mapping"
     return words if arguments[-1] is Any else f"{words} of texts"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from typing import Any
 
 from rich.console import Console
 
@@ -23,7 +24,10 @@ from trivet.splits import Splits
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything checked and encoded, nothing written yet; `config` says whether rows are packed."""
+    """Everything checked and encoded, nothing written yet; `config` says whether rows are packed.
+
+    `trials` are learning rates that were tried, with their losses, where the rate was left open.
+    """
 
     config: Config
     splits: Splits
@@ -31,6 +35,7 @@ class Prepared:
     train_rows: list[Encoded]
     validation_rows: list[Encoded] | None
     summary: Summary
+    trials: list[dict[str, Any]] | None = None
 
 
 def prepare(config: Config, splits: Splits, console: Console) -> Prepared:

@@ -55,6 +55,7 @@ def build_result(
     return {
         **measured,
         "evaluated_on": {"split": which, "source": getattr(splits, which).source} if evaluation else None,
+        "learning_rate_trials": ready.trials,
         "best_validation_loss": best,
         "best_step": state.best_global_step if best is not None else None,
         "steps": state.global_step,

@@ -9,11 +9,10 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from trivet import processes
@@ -22,8 +21,9 @@ from trivet.allocator import keep_freed_memory
 from trivet.config import Config
 from trivet.configio import dump
 from trivet.configio import load as load_config
-from trivet.errors import ConfigError, DivergedError, InterruptedRunError, StorageError, TrivetError
+from trivet.errors import ConfigError, DivergedError, InterruptedRunError, StorageError
 from trivet.evaluate.measure import Evaluation, Settings, write_predictions
+from trivet.learning_rate import with_rate
 from trivet.lock import releasing
 from trivet.model import pick_device
 from trivet.pictures import rank_map, rank_path
@@ -38,6 +38,7 @@ from trivet.splits import Splits, load_splits
 from trivet.train.callback import RunLog
 from trivet.train.checkpoint import newest_checkpoint, notes_of, processes_of, step_of, tidy
 from trivet.train.interruption import Interruption
+from trivet.train.oom import explained_memory
 from trivet.train.trainer import Trainer
 from trivet.training import make_trainer
 
@@ -106,6 +107,11 @@ def train(
     ready = prepare(config, splits or load_splits(config, **datasets), console)
     if checkpoint is not None and not force:
         check_data(ready.splits, checkpoint)
+    if ready.config.training.learning_rate == "auto":
+        with explained_memory():
+            ready = with_rate(ready, console)
+    elif checkpoint is not None:
+        ready = replace(ready, trials=notes_of(checkpoint).get("trials"))
     outcome: Outcome | None = None
     with _place(folder) as place:
         trained = _train(ready, folder, place, console, resume=resume, checkpoint=checkpoint)
@@ -172,7 +178,7 @@ def _train(
             rate, checkpoint, resume = rate / 2, _last(folder), True
             say(console, f"{error}\ngoing back to the last checkpoint, at {rate:g} of the learning rate")
             # ranks may have changed since that checkpoint
-            ready = prepare(ready.config, ready.splits, Console(quiet=True))
+            ready = replace(prepare(ready.config, ready.splits, Console(quiet=True)), trials=ready.trials)
             continue
         if proof is not None:
             say(console, f"adapter saved to {folder.adapter}; {proof}")
@@ -276,16 +282,11 @@ def _measure(trained: _Trained, proof: Proof, folder: RunFolder, console: Consol
 def _writing(folder: RunFolder, log_callback: RunLog, *, fresh: bool) -> Iterator[None]:
     """Close the log whatever happens; a run that failed before its first checkpoint leaves nothing behind."""
     try:
-        with storage(f"run folder {folder.path}"):
+        with storage(f"run folder {folder.path}"), explained_memory():
             yield
-    except BaseException as error:
+    except BaseException:
         log_callback.close()
         if fresh and processes.first() and not any(folder.checkpoints.glob("checkpoint-*")):
             with contextlib.suppress(OSError):  # the error at hand says more
                 folder.clear()
-        if isinstance(error, torch.OutOfMemoryError):
-            raise TrivetError(
-                "out of GPU memory; lower training.batch_size (and raise gradient_accumulation_steps), or set "
-                "training.gradient_checkpointing: true"
-            ) from error
         raise

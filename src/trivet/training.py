@@ -24,6 +24,7 @@ from trivet.train.trainer import Trainer
 def make_trainer(ready: Prepared, folder: RunFolder, log_callback: RunLog, *further: Any, rate: float = 1.0) -> Trainer:
     """The Trainer for a prepared run, at a share `rate` of its learning rate; `further` are more callbacks."""
     settings, session = ready.config.training, ready.session
+    assert settings.learning_rate != "auto"  # noqa: S101 - decided by now
     held = ready.validation_rows
     steps = planned_steps(ready.config, ready.train_rows)
     every = settings.eval_steps or max(1, -(-steps // 5))
@@ -81,7 +82,7 @@ def make_trainer(ready: Prepared, folder: RunFolder, log_callback: RunLog, *furt
         z_loss=settings.z_loss,
         batches=token_batches(ready.config, ready.train_rows),
         origins=ready.summary.origins,
-        notes={"data": ready.splits.fingerprints()},
+        notes={"data": ready.splits.fingerprints(), "trials": ready.trials},
         rate=rate,
     )
     trainer.remove_callback(transformers.PrinterCallback)

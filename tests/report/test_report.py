@@ -100,6 +100,17 @@ def test_a_run_leaves_its_report_with_its_figures(finished: Path) -> None:
     assert len(page) < 200_000
 
 
+def test_rates_that_were_tried_are_shown(copy: Path) -> None:
+    assert "Learning rates tried" not in report(load_run(copy))
+    result = result_of(copy)
+    result["learning_rate_trials"] = [{"learning_rate": 5e-4, "loss": 1.25}, {"learning_rate": 0.032, "loss": None}]
+    (copy / "result.json").write_text(json.dumps(result))
+    text = Tags(report(load_run(copy))).text
+    assert "Learning rates tried" in text and "Taken: 0.01." in text
+    for words in ("0.0005", "1.2500", "0.032", "diverged"):
+        assert words in text
+
+
 def test_no_text_of_the_data_becomes_html_and_nothing_is_loaded(finished: Path) -> None:
     found = Tags((finished / "report.html").read_text(encoding="utf-8"))
     assert HOSTILE in found.text  # the row is shown, as text

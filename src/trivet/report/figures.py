@@ -45,6 +45,11 @@ def parts(run: Run) -> dict[str, Any]:
         ),
         "prices": _prices(run),
         "tried": _tried(run),
+        "trials": [
+            (f"{trial['learning_rate']:.2g}", f"{trial['loss']:.4f}" if is_number(trial["loss"]) else "diverged")
+            for trial in result.get("learning_rate_trials") or []
+            if is_number(trial.get("learning_rate"))
+        ],
         "unused": _unused(run),
         "speed": charts.line_chart(
             [Series("speed", speeds(run), "line", 1)], label="tokens a second", high=150, zero=True

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from trivet.data.batch import halves, rows_in
+from trivet.errors import TrivetError
 
 log = logging.getLogger("trivet")
 
@@ -67,3 +69,15 @@ def _size(batch: Batch) -> int:
 
 def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def explained_memory() -> Iterator[None]:
+    """Says what to do where even a single row did not fit."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrivetError(
+            "out of GPU memory; lower training.batch_size (and raise gradient_accumulation_steps), or set "
+            "training.gradient_checkpointing: true"
+        ) from error

@@ -1,0 +1,163 @@
+"""`learning_rate: auto`: the rate at which the run's first steps learn most, found in short trials before it begins.
+
+A trial starts where the run will start and takes its first steps, on the same rows in the same order, at one constant
+rate. What is compared is the mean training loss of a trial's second half. A batch's loss is computed before the batch
+is learned from, so within the first pass over the rows it is a loss on rows that were not seen (Dawid 1984,
+"prequential"), and as all trials see the same batches, their noise is the same. That the rate stays constant stands
+for the length of the run: a short run whose rate falls bears rates that are too high for a long one (Bjorck et al.
+2024, arXiv 2409.19913).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers.trainer_utils import IntervalStrategy
+
+from trivet import processes
+from trivet.adapter.plan import Plan, plan_of
+from trivet.errors import ConfigError, DivergedError, InterruptedRunError
+from trivet.prepare import Prepared, say
+from trivet.rank.fixed import Fixed
+from trivet.runfolder import RunFolder
+from trivet.schedule import planned_steps
+from trivet.train.callback import RunLog
+from trivet.train.interruption import Interruption
+from trivet.training import make_trainer
+
+#: Steps of a trial, of which the second half is compared.
+STEPS = 40
+#: The rate to begin with at rank 8, or where each layer's step follows its rank.
+START = 2e-3
+#: Rates are COARSE apart until the best has a worse one on both sides, then the root of it; and how far that may go.
+COARSE, LOWEST, HIGHEST = 4.0, -5, 3
+
+
+def with_rate(ready: Prepared, console: Console) -> Prepared:
+    """`ready`, with a learning rate found in trials; the adapter, its ranks and the rows' order are as they were.
+
+    In several processes all go through the same trials and find the same.
+
+    Raises:
+        ConfigError: the base model's weights are shared out among processes.
+        DivergedError: no rate gave numbers.
+        InterruptedRunError: by SIGINT or SIGTERM.
+    """
+    if processes.sharded():
+        raise ConfigError("training.learning_rate: auto needs the whole base model in every process; write a number")
+    began, total = time.perf_counter(), planned_steps(ready.config, ready.train_rows)
+    steps, policy = min(STEPS, total), plan_of(ready.session.model).policy
+    start = start_rate(8 if policy.rank_aware_step else policy.lora_rank)
+    say(console, f"learning rate: trials of {steps} steps")
+    interruption = Interruption(console)
+
+    def measured(rate: float) -> float:
+        restore()
+        loss = _trial(ready, rate, steps, total, interruption)
+        if interruption.signal:
+            name = signal.Signals(interruption.signal).name
+            raise InterruptedRunError(
+                f"interrupted by {name} while a learning rate was looked for; nothing was trained or written",
+                signal=interruption.signal,
+            )
+        say(console, f"  {rate:.2g}: " + (f"loss {loss:.4f}" if math.isfinite(loss) else "diverged"))
+        return loss
+
+    with interruption.watching(), _untouched(ready.session.model) as restore:
+        trials = search(measured, start)
+    processes.check_same("losses of trials", json.dumps(trials))
+    best = min(trials, key=lambda rate: (trials[rate], rate))
+    if not math.isfinite(trials[best]):
+        tried = f"from {min(trials):.2g} to {max(trials):.2g}"
+        raise DivergedError(f"training.learning_rate: auto tried rates {tried}, and training diverged at every one")
+    say(console, f"  taken: {best:.2g}, found in {time.perf_counter() - began:.0f} s")
+    settings = replace(ready.config.training, learning_rate=best)
+    record = [{"learning_rate": rate, "loss": loss if math.isfinite(loss) else None} for rate, loss in trials.items()]
+    return replace(ready, config=replace(ready.config, training=settings), trials=record)
+
+
+def start_rate(rank: int) -> float:
+    """Where the search begins. The best rate falls about as r^-1/2 (docs/decisions/0017-rank-aware-step.md)."""
+    return _rounded(START * math.sqrt(8 / rank))
+
+
+def search(loss: Callable[[float], float], start: float) -> dict[float, float]:
+    """The losses of the rates that were tried, around the lowest of them; `loss` gives inf for what diverges."""
+    tried: dict[float, float] = {}
+
+    def look(*powers: float) -> None:
+        for power in powers:
+            if power not in tried and LOWEST <= power <= HIGHEST:
+                tried[power] = loss(_rounded(start * COARSE**power))
+
+    def best() -> float:
+        return min(tried, key=lambda power: (tried[power], power))
+
+    look(0.0, -1.0, 1.0)
+    while (middle := best()) in (min(tried), max(tried)) and LOWEST < middle < HIGHEST:
+        look(middle - 1, middle + 1)
+    look(middle - 0.5, middle + 0.5)
+    return {_rounded(start * COARSE**power): tried[power] for power in sorted(tried)}
+
+
+def _rounded(rate: float) -> float:
+    """To the two digits that are said and written."""
+    return float(f"{rate:.2g}")
+
+
+def _trial(ready: Prepared, rate: float, steps: int, total: int, interruption: Interruption) -> float:
+    """The mean loss of the second half of `steps` steps at `rate`, of a run of `total`; inf where that is no number."""
+    settings = ready.config.training
+    warmup = min(math.ceil(settings.warmup_ratio * total), steps // 4)
+    settings = replace(
+        settings,
+        learning_rate=rate,
+        max_steps=steps,
+        warmup_ratio=warmup / steps,
+        lr_scheduler="constant_with_warmup",
+        early_stopping_patience=None,
+        report_to=[],
+    )
+    trial = replace(ready, config=replace(ready.config, training=settings), validation_rows=None)
+    with tempfile.TemporaryDirectory() as place:
+        log = RunLog(Path(place) / "log.jsonl", Console(quiet=True))
+        trainer = make_trainer(trial, RunFolder(Path(place)), log, interruption)
+        trainer.args.save_strategy = IntervalStrategy.NO
+        try:
+            trainer.train()
+        except DivergedError:
+            return math.inf
+        finally:
+            log.close()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row][steps // 2 :]
+    mean = sum(losses) / max(len(losses), 1)
+    return mean if math.isfinite(mean) else math.inf
+
+
+@contextlib.contextmanager
+def _untouched(model: Any) -> Iterator[Callable[[], None]]:
+    """Train what is to be left as it was: gives what puts the trained tensors back; ranks do not change meanwhile."""
+    kept = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
+
+    def restore() -> None:
+        for p, before in kept:
+            p.detach().copy_(before)
+            p.grad = None
+
+    plan = plan_of(model)
+    model.trivet = Plan(plan.method, Fixed(plan.policy.lora_rank, plan.policy.rank_aware_step))
+    try:
+        yield restore
+    finally:
+        restore()
+        model.trivet = plan
