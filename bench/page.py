@@ -15,6 +15,7 @@ import pareto
 import plan_table
 import processors_table
 import quality
+import rates
 from quality_table import lines, read, table
 from quality_tasks import CANDIDATES, SEEDS, TASKS
 from rate_table import across_ranks
@@ -51,6 +52,8 @@ def figures() -> str:
         parts += ["", "### The order of the rows", "", order.table(lines(order.RESULTS)), "", order.CAPTION]
     if four_bit.RESULTS.exists():
         parts += ["", "### A base model in 4 bits", "", four_bit.table(lines(four_bit.RESULTS)), "", four_bit.CAPTION]
+    if rates.RESULTS.exists():
+        parts += ["", "### A learning rate that is found", "", rates.table(lines(rates.RESULTS)), "", rates.CAPTION]
     shrink = HERE / "results" / "shrink.jsonl"
     if shrink.exists():
         parts += [

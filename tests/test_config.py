@@ -6,7 +6,7 @@ import itertools
 import typing
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -146,7 +146,7 @@ def test_our_reading_of_numbers_stays_ours() -> None:
 @pytest.mark.parametrize("written", ['"3e-4"', "'3e-4'", "3e-4x", "three", "0x1p3", ".inf", "-.inf", ".nan", "true"])
 def test_what_is_no_number_is_refused(written: str, write: Any) -> None:
     message = refusal(write(f"training:\n  learning_rate: {written}\n"))
-    assert "c.yaml:2: training.learning_rate is a number, not " in message
+    assert "c.yaml:2: training.learning_rate is a number or auto, not " in message
 
 
 @pytest.mark.parametrize(("written", "value"), [("1000", 1000), ("1e3", 1000), ("1000.0", 1000), ("1_000", 1000)])
@@ -162,7 +162,7 @@ def test_what_is_no_whole_number_is_refused(written: str, write: Any) -> None:
 
 
 def test_an_integer_too_large_for_a_float_is_refused_where_a_float_is_wanted() -> None:
-    assert "is a number, not 1000" in refusal(None, f"learning_rate=1{'0' * 400}")
+    assert "is a number or auto, not 1000" in refusal(None, f"learning_rate=1{'0' * 400}")
 
 
 @pytest.mark.parametrize(("written", "value"), [("true", True), ("True", True), ("false", False), ("no", False)])
@@ -503,6 +503,7 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
         type(None): st.none(),
         list[str]: st.lists(TEXT, max_size=3),
         dict[str, str]: st.dictionaries(TEXT, TEXT, max_size=3),
+        Literal["auto"]: st.just("auto"),
     }
     return st.one_of([made[option] for option in options_of(kind)])
 

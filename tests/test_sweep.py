@@ -65,7 +65,7 @@ def test_without_a_choice_it_is_the_configured_setting(config: Path) -> None:
     ("overrides", "message"),
     [
         (["training.learnin_rate=1,2"], "did you mean training.learning_rate"),
-        (["training.learning_rate=1e-4,fast"], "is a number, not 'fast'"),
+        (["training.learning_rate=1e-4,fast"], "is a number or auto, not 'fast'"),
         (["training.learning_rate=1e-4", "lr=3e-4"], "is given twice"),
         (["output_dir=a,b"], "output_dir: can't be swept"),
         (["seed=1,2"], "use --seeds"),

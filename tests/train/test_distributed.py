@@ -54,6 +54,7 @@ MORE: dict[str, dict[str, Any]] = {
     "sequences": {"model": "bart"},
     "packed": {"model": "llama", "training.packing": True},
     "budget": {"training.max_tokens_per_batch": 96},
+    "rate": {"training.learning_rate": "auto"},
 }
 
 MANY = """

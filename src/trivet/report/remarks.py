@@ -42,8 +42,8 @@ def not_better(run: Run) -> Iterator[Remark]:
         if worse:
             yield Remark(
                 "Worse than the base model",
-                f"The difference in {name} is [{low:+.3g}, {high:+.3g}]. Lower training.learning_rate, or look at the "
-                "data: are the answers in the right column?",
+                f"The difference in {name} is [{low:+.3g}, {high:+.3g}]. Lower training.learning_rate or set it to "
+                "auto, or look at the data: are the answers in the right column?",
             )
         elif low <= 0 <= high:
             rows = (run.result.get("n") or {}).get(name)
@@ -151,8 +151,8 @@ def one_answer(run: Run) -> Iterator[Remark]:
         yield Remark(
             "One answer for all",
             f"{share:.0%} of the tuned answers are “{clip(answer, 60)}”, where {wanted:.0%} should be. Only how "
-            "frequent answers are was learned: halve training.learning_rate, or train longer; a classifier may want a "
-            "training.head_learning_rate of its own.",
+            "frequent answers are was learned: halve training.learning_rate or set it to auto, or train longer; a "
+            "classifier may want a training.head_learning_rate of its own.",
         )
 
 
