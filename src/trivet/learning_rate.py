@@ -40,7 +40,7 @@ STEPS = 40
 #: The rate to begin with at rank 8, or where each layer's step follows its rank.
 START = 2e-3
 #: Rates are COARSE apart until the best has a worse one on both sides, then the root of it; and how far that may go.
-COARSE, LOWEST, HIGHEST = 4.0, -5, 3
+COARSE, LOWEST, HIGHEST = 4.0, -3, 3
 
 
 def with_rate(ready: Prepared, console: Console) -> Prepared:
@@ -55,15 +55,15 @@ def with_rate(ready: Prepared, console: Console) -> Prepared:
     """
     if processes.sharded():
         raise ConfigError("training.learning_rate: auto needs the whole base model in every process; write a number")
-    began, total = time.perf_counter(), planned_steps(ready.config, ready.train_rows)
-    steps, policy = min(STEPS, total), plan_of(ready.session.model).policy
+    began, policy = time.perf_counter(), plan_of(ready.session.model).policy
+    steps = min(STEPS, planned_steps(ready.config, ready.train_rows))
     start = start_rate(8 if policy.rank_aware_step else policy.lora_rank)
     say(console, f"learning rate: trials of {steps} steps")
-    interruption = Interruption(console)
+    interruption = Interruption(console, "finishing the step")
 
     def measured(rate: float) -> float:
         restore()
-        loss = _trial(ready, rate, steps, total, interruption)
+        loss = _trial(ready, rate, steps, interruption)
         if interruption.signal:
             name = signal.Signals(interruption.signal).name
             raise InterruptedRunError(
@@ -115,15 +115,12 @@ def _rounded(rate: float) -> float:
     return float(f"{rate:.2g}")
 
 
-def _trial(ready: Prepared, rate: float, steps: int, total: int, interruption: Interruption) -> float:
-    """The mean loss of the second half of `steps` steps at `rate`, of a run of `total`; inf where that is no number."""
-    settings = ready.config.training
-    warmup = min(math.ceil(settings.warmup_ratio * total), steps // 4)
+def _trial(ready: Prepared, rate: float, steps: int, interruption: Interruption) -> float:
+    """The mean loss of the second half of `steps` steps at `rate`; inf where that is no number."""
     settings = replace(
-        settings,
+        ready.config.training,
         learning_rate=rate,
         max_steps=steps,
-        warmup_ratio=warmup / steps,
         lr_scheduler="constant_with_warmup",
         early_stopping_patience=None,
         report_to=[],

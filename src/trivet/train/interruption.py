@@ -17,8 +17,8 @@ from trivet import processes
 class Interruption(TrainerCallback):  # type: ignore[misc]
     """Ends training with a checkpoint, in all processes after the same step, once one of them was sent a signal."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, console: Console, then: str = "finishing the step and saving it") -> None:
+        self.console, self.then = console, then
         #: The signal's number; None while there was none.
         self.signal: int | None = None
 
@@ -43,7 +43,7 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
             if signal.getsignal(further) is not signal.SIG_IGN:
                 signal.signal(further, handler)
         name = signal.Signals(number).name
-        self.console.print(f"{name}: finishing the step and saving it; once more to stop at once", highlight=False)
+        self.console.print(f"{name}: {self.then}; once more to stop at once", highlight=False)
 
     def _stop(self, control: Any) -> None:
         if number := processes.largest(self.signal or 0):
