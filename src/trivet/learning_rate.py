@@ -58,7 +58,6 @@ def with_rate(ready: Prepared, console: Console) -> Prepared:
     began, policy = time.perf_counter(), plan_of(ready.session.model).policy
     steps = min(STEPS, planned_steps(ready.config, ready.train_rows))
     start = start_rate(8 if policy.rank_aware_step else policy.lora_rank)
-    say(console, f"learning rate: trials of {steps} steps")
     interruption = Interruption(console, "finishing the step")
 
     def measured(rate: float) -> float:
@@ -74,6 +73,7 @@ def with_rate(ready: Prepared, console: Console) -> Prepared:
         return loss
 
     with interruption.watching(), _untouched(ready.session.model) as restore:
+        say(console, f"learning rate: trials of {steps} steps")
         trials = search(measured, start)
     processes.check_same("losses of trials", json.dumps(trials))
     best = min(trials, key=lambda rate: (trials[rate], rate))
