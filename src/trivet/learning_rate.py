@@ -76,7 +76,7 @@ def with_rate(ready: Prepared, console: Console) -> Prepared:
         say(console, f"learning rate: trials of {steps} steps")
         trials = search(measured, start)
     processes.check_same("losses of trials", json.dumps(trials))
-    best = min(trials, key=lambda rate: (trials[rate], rate))
+    best = min(trials, key=lambda rate: (trials[rate], abs(math.log(rate / start))))
     if not math.isfinite(trials[best]):
         tried = f"from {min(trials):.2g} to {max(trials):.2g}"
         raise DivergedError(f"training.learning_rate: auto tried rates {tried}, and training diverged at every one")
@@ -92,7 +92,11 @@ def start_rate(rank: int) -> float:
 
 
 def search(loss: Callable[[float], float], start: float) -> dict[float, float]:
-    """The losses of the rates that were tried, around the lowest of them; `loss` gives inf for what diverges."""
+    """The losses of the rates that were tried, around the lowest of them; `loss` gives inf for what diverges.
+
+    Of equal losses that nearest to `start` counts as the lowest (a run may be too short for any to differ), and where
+    all diverge the lowest rate's.
+    """
     tried: dict[float, float] = {}
 
     def look(*powers: float) -> None:
@@ -101,7 +105,7 @@ def search(loss: Callable[[float], float], start: float) -> dict[float, float]:
                 tried[power] = loss(_rounded(start * COARSE**power))
 
     def best() -> float:
-        return min(tried, key=lambda power: (tried[power], power))
+        return min(tried, key=lambda power: (tried[power], power if tried[power] == math.inf else abs(power)))
 
     look(0.0, -1.0, 1.0)
     while (middle := best()) in (min(tried), max(tried)) and LOWEST < middle < HIGHEST:

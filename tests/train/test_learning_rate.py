@@ -68,6 +68,10 @@ def test_the_search_ends_at_its_bounds(sign: int, end: int) -> None:
     assert min(tried, key=lambda rate: tried[rate]) == pytest.approx(2e-3 * COARSE**end, rel=0.05)
 
 
+def test_where_nothing_differs_the_search_stays_where_it_began() -> None:
+    assert sorted(search(lambda rate: 1.0, 2e-3)) == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
+
+
 def test_where_all_diverge_lower_rates_are_tried() -> None:
     assert min(search(lambda rate: math.inf, 2e-3)) == pytest.approx(2e-3 * COARSE**LOWEST, rel=0.05)
 
@@ -221,3 +225,5 @@ def test_a_trial_is_no_longer_than_the_run(place: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(module, "make_trainer", make)
     with_rate(ready_of(place, **{"training.max_steps": 3}), QUIET)
     assert set(lengths) == {3} and STEPS > 3
+    found = with_rate(ready_of(place, **{"training.max_steps": 1}), QUIET)  # whose loss is there before any step
+    assert found.config.training.learning_rate == 2e-3
