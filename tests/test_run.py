@@ -134,7 +134,7 @@ def test_the_result_says_what_was_measured_and_with_what(done: Path) -> None:
         "metrics", "intervals", "n", "evaluated_on", "best_validation_loss", "best_step", "steps", "model", "task",
         "method", "dtype", "load_in_4bit", "device", "ranks", "rank_history", "rank_seconds", "adapter_parameters",
         "trainable_parameters", "total_parameters", "tokens_per_second",
-        "peak_memory_bytes", "wall_seconds", "proof", "seed", "data", "versions", "finished",
+        "peak_memory_bytes", "wall_seconds", "proof", "seed", "data", "versions", "finished", "learning_rate_trials",
         "deterministic", "nondeterministic_because", "threads",
     }  # fmt: skip
     assert set(result["data"]) == {

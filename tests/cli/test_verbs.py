@@ -292,6 +292,14 @@ def interrupted(shop: Path, tmp_path: Path, when: Iterator[str], *more: str) -> 
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+def test_ctrl_c_while_a_learning_rate_is_looked_for_leaves_nothing(shop: Path, tmp_path: Path) -> None:
+    rest = interrupted(shop, tmp_path, iter(["trials of"]), "training.learning_rate=auto")
+    assert "SIGINT: finishing the step; once more to stop at once" in rest
+    assert "interrupted by SIGINT while a learning rate was looked for; nothing was trained or written" in rest
+    assert not (tmp_path / "long").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_ctrl_c_finishes_the_step_and_keeps_it(shop: Path, tmp_path: Path) -> None:
     from trivet.train.checkpoint import newest_checkpoint, step_of
 

@@ -5,11 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +17,7 @@ from short_run import configured, furnish, logged, same
 
 from conftest import save_tiny, write_jsonl
 from trivet import processes
-from trivet.configio import dump, load
+from trivet.configio import load
 from trivet.errors import ConfigError, DivergedError
 from trivet.learning_rate import COARSE, HIGHEST, LOWEST, STEPS, search, with_rate
 from trivet.prepare import Prepared, prepare
@@ -123,12 +118,12 @@ def test_it_is_near_the_best_rate_of_whole_runs(tmp_path: Path) -> None:
     def best_loss(rate: Any) -> float:
         values = {
             "model.name": str(tmp_path / "llama"), "model.dtype": "float32", "data.validation": 0.2,
-            "data.train": str(tmp_path / "train.jsonl"), "training.learning_rate": rate, "training.max_steps": 80,
+            "data.train": str(tmp_path / "train.jsonl"), "training.learning_rate": rate, "training.max_steps": 60,
             "evaluation.generate": False, "evaluation.resamples": 10, "output_dir": str(tmp_path / str(rate)),
         }  # fmt: skip
         return float(train(load(values=values), console=QUIET).result["best_validation_loss"])
 
-    sweep = [best_loss(rate) for rate in (3e-4, 3e-3, 1e-2, 3e-2, 1e-1)]
+    sweep = [best_loss(rate) for rate in (3e-4, 1e-2, 1e-1)]
     found = best_loss("auto")
     assert found - min(sweep) < 0.1 * (max(sweep) - min(sweep))
 
@@ -190,25 +185,6 @@ def test_a_shared_out_base_model_is_refused(place: Path, monkeypatch: pytest.Mon
 def test_other_words_are_refused(written: str) -> None:
     with pytest.raises(ConfigError, match="training.learning_rate is a number or auto, not"):
         load(None, [f"learning_rate={written}"])
-
-
-def test_interrupted_in_a_trial_nothing_is_left(place: Path, tmp_path: Path) -> None:
-    config = configured(place, tmp_path / "out", **AUTO, **{"training.max_steps": 4000, "training.warmup_ratio": 0})
-    (tmp_path / "config.yaml").write_text(dump(config))
-    command = [sys.executable, "-m", "trivet", "train", str(tmp_path / "config.yaml")]
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    ) as run:
-        assert run.stderr is not None
-        for line in run.stderr:
-            if "trials of" in line:
-                break
-        time.sleep(0.05)
-        run.send_signal(signal.SIGINT)
-        said = run.stderr.read()
-    assert run.returncode == 130, said
-    assert "interrupted by SIGINT while a learning rate was looked for; nothing was trained or written" in said
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_trial_is_no_longer_than_the_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
