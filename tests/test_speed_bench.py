@@ -154,12 +154,17 @@ def test_driver_takes_turns_and_goes_on_without_a_side(tmp_path: Path) -> None:
     assert gpt2["model"] == "gpt2-tiny (random)"
     assert gpt2["sides"]["trivet"]["frozen"] == 2 * 64 * (3 * 64 + 64 + 2 * 4 * 64) + 64 * 512
     assert str(tmp_path) not in out.read_text()
+    shown = run(out, "--table")
+    assert "| dense (2 rows of 32 tokens) | trivet" in shown.stdout
+
+
+@pytest.mark.slow
+def test_driver_compares_a_base_in_4_bits(tmp_path: Path) -> None:
+    out = tmp_path / "speed.jsonl"
     ended = run(out, "--tiny", "--rounds", "2", "--workloads", "four-bit", "--sides", "trivet-4bit", "trivet")
     assert ended.returncode == 0, ended.stderr
     four, whole = json.loads(out.read_text().splitlines()[-1])["sides"].values()
     assert four["frozen"] == whole["frozen"]
-    shown = run(out, "--table")
-    assert "| dense (2 rows of 32 tokens) | trivet" in shown.stdout
 
 
 def test_driver_runs_our_trainer_on_rows(tmp_path: Path, tiny: Any) -> None:
