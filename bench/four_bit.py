@@ -13,7 +13,7 @@ from typing import Any
 
 import plain_lora
 import quality
-from quality_table import difference, lines
+from quality_table import difference
 from quality_tasks import TASKS, Loaded, heads, load_task
 
 RESULTS = Path(__file__).resolve().parent / "results" / "four_bit.jsonl"
@@ -27,12 +27,10 @@ CAPTION = (
 
 
 def main() -> None:
-    parser = plain_lora.parser(__doc__, RESULTS, DEFAULT_TASKS, [0, 1, 2])
-    arguments = parser.parse_args()
-    if arguments.table:
-        print(table(lines(arguments.results)))
-        return
-    plain_lora.compare(parser, arguments, (False, True), "load_in_4bit", measure, load, kind=lambda four: four)
+    plain_lora.main(
+        __doc__, RESULTS, tasks=DEFAULT_TASKS, seeds=[0, 1, 2], column="load_in_4bit", variants=(False, True),
+        measure=measure, table=table, load=load, kind=lambda four: four,
+    )  # fmt: skip
 
 
 def load(task: Any, data: Path, four: bool) -> Loaded:

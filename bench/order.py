@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import plain_lora
-from quality_table import difference, lines
+from quality_table import difference
 from quality_tasks import TASKS, Loaded
 
 RESULTS = Path(__file__).resolve().parent / "results" / "order.jsonl"
@@ -28,13 +28,10 @@ CAPTION = (
 
 
 def main() -> None:
-    parser = plain_lora.parser(__doc__, RESULTS, DEFAULT_TASKS, [0, 1, 2, 3, 4])
-    parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
-    arguments = parser.parse_args()
-    if arguments.table:
-        print(table(lines(arguments.results)))
-        return
-    plain_lora.compare(parser, arguments, arguments.orders, "order", measure)
+    plain_lora.main(
+        __doc__, RESULTS, tasks=DEFAULT_TASKS, seeds=[0, 1, 2, 3, 4], column="order", variants=ORDERS,
+        measure=measure, table=table, option="--orders",
+    )  # fmt: skip
 
 
 def measure(loaded: Loaded, seed: int, order: str, rate: float, scale: float) -> dict[str, Any]:

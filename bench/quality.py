@@ -18,7 +18,6 @@ import os
 import platform
 import re
 import sys
-import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -198,13 +197,10 @@ def configured(task: Task, candidate: Candidate, seed: int, rate: float | str) -
 def fit(session: Any, loaded: Loaded, config: Any) -> dict[str, Any]:
     """Train as a run does, but for checkpoints and validation on the way; what it took, and the rate that was found."""
     from rich.console import Console
-    from transformers.trainer_utils import IntervalStrategy
 
     from trivet.learning_rate import with_rate
     from trivet.prepare import Prepared
-    from trivet.runfolder import RunFolder
-    from trivet.train.callback import RunLog
-    from trivet.training import make_trainer
+    from trivet.training import passing_trainer
 
     ready = Prepared(config, loaded.splits, session, loaded.train_rows, loaded.validation_rows, loaded.summary)
     found: dict[str, Any] = {}
@@ -215,17 +211,10 @@ def fit(session: Any, loaded: Loaded, config: Any) -> dict[str, Any]:
             "learning_rate": ready.config.training.learning_rate, "trials": ready.trials,
             "trial_seconds": round(time.perf_counter() - began, 2),
         }  # fmt: skip
-    with tempfile.TemporaryDirectory() as place:
-        log = RunLog(Path(place) / "log.jsonl", Console(quiet=True))
-        trainer = make_trainer(ready, RunFolder(Path(place)), log)
-        trainer.args.eval_strategy = trainer.args.save_strategy = IntervalStrategy.NO
-        trainer.args.load_best_model_at_end = False
+    with passing_trainer(ready) as trainer:
         follow_adalora(trainer, session.model, config.training)
         began, used = time.perf_counter(), time.process_time()
-        try:
-            trainer.train()
-        finally:
-            log.close()
+        trainer.train()
         seconds = {"train_seconds": time.perf_counter() - began, "train_cpu_seconds": time.process_time() - used}
     seconds["rank_seconds"] = trainer.ranks.seconds  # of train_seconds: measuring, deciding and resizing
     took = {name: round(value, 2) for name, value in seconds.items()}

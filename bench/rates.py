@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import plain_lora
-from quality_table import difference, lines
+from quality_table import difference
 from quality_tasks import TASKS, Loaded
 
 RESULTS = Path(__file__).resolve().parent / "results" / "rates.jsonl"
@@ -30,13 +30,10 @@ CAPTION = (
 
 
 def main() -> None:
-    parser = plain_lora.parser(__doc__, RESULTS, DEFAULT_TASKS, [0, 1, 2])
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    arguments = parser.parse_args()
-    if arguments.table:
-        print(table(lines(arguments.results)))
-        return
-    plain_lora.compare(parser, arguments, arguments.ways, "way", measure)
+    plain_lora.main(
+        __doc__, RESULTS, tasks=DEFAULT_TASKS, seeds=[0, 1, 2], column="way", variants=WAYS, measure=measure,
+        table=table, option="--ways",
+    )  # fmt: skip
 
 
 def measure(loaded: Loaded, seed: int, way: str, swept: float, scale: float) -> dict[str, Any]:

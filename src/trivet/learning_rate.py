@@ -13,33 +13,28 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import signal
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers.trainer_utils import IntervalStrategy
 
 from trivet import processes
 from trivet.adapter.plan import Plan, plan_of
-from trivet.errors import ConfigError, DivergedError, InterruptedRunError
+from trivet.errors import DivergedError, InterruptedRunError
 from trivet.prepare import Prepared, say
 from trivet.rank.fixed import Fixed
-from trivet.runfolder import RunFolder
 from trivet.schedule import planned_steps
-from trivet.train.callback import RunLog
 from trivet.train.interruption import Interruption
-from trivet.training import make_trainer
+from trivet.training import passing_trainer
 
 #: Steps of a trial, of which the second half is compared.
 STEPS = 40
 #: The rate to begin with at rank 8, or where each layer's step follows its rank.
 START = 2e-3
-#: Rates are COARSE apart until the best has a worse one on both sides, then the root of it; and how far that may go.
+#: Rates are COARSE apart until the best has a worse one on both sides, then the root of it; and how many such steps it
+#: may be from where the search begins. A power of four, so that rates reached on two ways are equal to the bit.
 COARSE, LOWEST, HIGHEST = 4.0, -3, 3
 
 
@@ -49,12 +44,9 @@ def with_rate(ready: Prepared, console: Console) -> Prepared:
     In several processes all go through the same trials and find the same.
 
     Raises:
-        ConfigError: the base model's weights are shared out among processes.
         DivergedError: no rate gave numbers.
         InterruptedRunError: by SIGINT or SIGTERM.
     """
-    if processes.sharded():
-        raise ConfigError("training.learning_rate: auto needs the whole base model in every process; write a number")
     began, policy = time.perf_counter(), plan_of(ready.session.model).policy
     steps = min(STEPS, planned_steps(ready.config, ready.train_rows))
     start = start_rate(8 if policy.rank_aware_step else policy.lora_rank)
@@ -64,9 +56,9 @@ def with_rate(ready: Prepared, console: Console) -> Prepared:
         restore()
         loss = _trial(ready, rate, steps, interruption)
         if interruption.signal:
-            name = signal.Signals(interruption.signal).name
             raise InterruptedRunError(
-                f"interrupted by {name} while a learning rate was looked for; nothing was trained or written",
+                f"interrupted by {interruption.name} while a learning rate was looked for; nothing was trained or "
+                "written",
                 signal=interruption.signal,
             )
         say(console, f"  {rate:.2g}: " + (f"loss {loss:.4f}" if math.isfinite(loss) else "diverged"))
@@ -76,7 +68,7 @@ def with_rate(ready: Prepared, console: Console) -> Prepared:
         say(console, f"learning rate: trials of {steps} steps")
         trials = search(measured, start)
     processes.check_same("losses of trials", json.dumps(trials))
-    best = min(trials, key=lambda rate: (trials[rate], abs(math.log(rate / start))))
+    best = lowest(trials, start)
     if not math.isfinite(trials[best]):
         tried = f"from {min(trials):.2g} to {max(trials):.2g}"
         raise DivergedError(f"training.learning_rate: auto tried rates {tried}, and training diverged at every one")
@@ -92,26 +84,29 @@ def start_rate(rank: int) -> float:
 
 
 def search(loss: Callable[[float], float], start: float) -> dict[float, float]:
-    """The losses of the rates that were tried, around the lowest of them; `loss` gives inf for what diverges.
-
-    Of equal losses that nearest to `start` counts as the lowest (a run may be too short for any to differ), and where
-    all diverge the lowest rate's.
-    """
+    """The losses of the rates that were tried, around the lowest of them; `loss` gives inf for what diverges."""
     tried: dict[float, float] = {}
+    slowest, fastest, between = start * COARSE**LOWEST, start * COARSE**HIGHEST, math.sqrt(COARSE)
 
-    def look(*powers: float) -> None:
-        for power in powers:
-            if power not in tried and LOWEST <= power <= HIGHEST:
-                tried[power] = loss(_rounded(start * COARSE**power))
+    def look(*rates: float) -> None:
+        for rate in rates:
+            if rate not in tried and slowest <= rate <= fastest:
+                tried[rate] = loss(_rounded(rate))
 
-    def best() -> float:
-        return min(tried, key=lambda power: (tried[power], power if tried[power] == math.inf else abs(power)))
+    look(start, start / COARSE, start * COARSE)
+    while (middle := lowest(tried, start)) in (min(tried), max(tried)) and slowest < middle < fastest:
+        look(middle / COARSE, middle * COARSE)
+    look(middle / between, middle * between)
+    return {_rounded(rate): tried[rate] for rate in sorted(tried)}
 
-    look(0.0, -1.0, 1.0)
-    while (middle := best()) in (min(tried), max(tried)) and LOWEST < middle < HIGHEST:
-        look(middle - 1, middle + 1)
-    look(middle - 0.5, middle + 0.5)
-    return {_rounded(start * COARSE**power): tried[power] for power in sorted(tried)}
+
+def lowest(losses: Mapping[float, float], start: float) -> float:
+    """The rate of the lowest loss.
+
+    Of equal losses that nearest to `start` counts (a run may be too short for any to differ), and where all diverge
+    the lowest rate's.
+    """
+    return min(losses, key=lambda r: (losses[r], r if losses[r] == math.inf else abs(math.log(r / start))))
 
 
 def _rounded(rate: float) -> float:
@@ -129,17 +124,11 @@ def _trial(ready: Prepared, rate: float, steps: int, interruption: Interruption)
         early_stopping_patience=None,
         report_to=[],
     )
-    trial = replace(ready, config=replace(ready.config, training=settings), validation_rows=None)
-    with tempfile.TemporaryDirectory() as place:
-        log = RunLog(Path(place) / "log.jsonl", Console(quiet=True))
-        trainer = make_trainer(trial, RunFolder(Path(place)), log, interruption)
-        trainer.args.save_strategy = IntervalStrategy.NO
+    with passing_trainer(replace(ready, config=replace(ready.config, training=settings)), interruption) as trainer:
         try:
             trainer.train()
         except DivergedError:
             return math.inf
-        finally:
-            log.close()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row][steps // 2 :]
     mean = sum(losses) / max(len(losses), 1)
     return mean if math.isfinite(mean) else math.inf

@@ -40,6 +40,8 @@ class Prepared:
 
 def prepare(config: Config, splits: Splits, console: Console) -> Prepared:
     """Load the model, attach the adapter, encode the rows; says what it found."""
+    if processes.sharded() and config.training.learning_rate == "auto":
+        raise ConfigError("training.learning_rate: auto needs the whole base model in every process; write a number")
     for package in config.training.report_to:
         if find_spec(package) is None:
             raise ConfigError(f"training.report_to: {package} is not installed here; pip install {package}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -213,8 +212,9 @@ def _fit(
             kept = f", which is kept in {folder.checkpoints}. {then}"
         else:
             kept = f"; {trainer.unsaved}. {then}" if trainer.unsaved else ", before anything was learned"
-        name = signal.Signals(interruption.signal).name
-        raise InterruptedRunError(f"interrupted by {name} after step {step}{kept}", signal=interruption.signal)
+        raise InterruptedRunError(
+            f"interrupted by {interruption.name} after step {step}{kept}", signal=interruption.signal
+        )
     return trainer
 
 

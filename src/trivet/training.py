@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import transformers
+from rich.console import Console
 from transformers import EarlyStoppingCallback, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from trivet.adapter.plan import optimizer
 from trivet.errors import ConfigError
@@ -88,6 +92,20 @@ def make_trainer(ready: Prepared, folder: RunFolder, log_callback: RunLog, *furt
     trainer.remove_callback(transformers.PrinterCallback)
     log_callback.bind(trainer)
     return trainer
+
+
+@contextlib.contextmanager
+def passing_trainer(ready: Prepared, *further: Any) -> Iterator[Trainer]:
+    """A Trainer that validates and saves nothing on the way, and leaves nothing behind."""
+    with tempfile.TemporaryDirectory() as place:
+        log = RunLog(Path(place) / "log.jsonl", Console(quiet=True))
+        trainer = make_trainer(ready, RunFolder(Path(place)), log, *further)
+        trainer.args.eval_strategy = trainer.args.save_strategy = IntervalStrategy.NO
+        trainer.args.load_best_model_at_end = False
+        try:
+            yield trainer
+        finally:
+            log.close()
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from short_run import configured, furnish, logged, same
 
+import trivet.training
 from conftest import save_tiny, write_jsonl
 from trivet import processes
 from trivet.configio import load
@@ -23,6 +24,7 @@ from trivet.learning_rate import COARSE, HIGHEST, LOWEST, STEPS, search, with_ra
 from trivet.prepare import Prepared, prepare
 from trivet.run import train
 from trivet.splits import load_splits
+from trivet.train.numbers import Watch
 
 QUIET = Console(quiet=True)
 AUTO: dict[str, Any] = {"training.learning_rate": "auto"}
@@ -40,6 +42,20 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ready_of(place: Path, **settings: Any) -> Prepared:
     config = configured(place, place / "none", **{**AUTO, **settings})
     return prepare(config, load_splits(config), QUIET)
+
+
+@pytest.fixture
+def trainers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The Trainer of every trial, from before it trains."""
+    made: list[Any] = []
+    make = trivet.training.make_trainer
+
+    def making(*arguments: Any, **options: Any) -> Any:
+        made.append(make(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(trivet.training, "make_trainer", making)
+    return made
 
 
 # -- the search --------------------------------------------------------------------------------------------------
@@ -143,30 +159,17 @@ def test_a_resumed_run_keeps_the_rate_and_the_trials(place: Path, tmp_path: Path
 # -- what can go wrong ---------------------------------------------------------------------------------------------
 
 
-def test_rates_that_diverge_are_passed_over(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_that_diverge_are_passed_over(place: Path, trainers: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps above a rate are no numbers here, as they may be in float16."""
-    from trivet.train.numbers import Watch
-
-    ready = ready_of(place)
-    whole, rates = Watch.step, []
+    ready, whole = ready_of(place), Watch.step
 
     def step(self: Watch, loss: float, norm: float) -> bool:
-        return whole(self, loss if rates[-1] < 1e-3 else math.nan, norm)
-
-    import trivet.learning_rate as module
-
-    made = module.make_trainer
-
-    def make(trial: Prepared, *others: Any) -> Any:
-        rates.append(trial.config.training.learning_rate)
-        return made(trial, *others)
+        return whole(self, loss if trainers[-1].args.learning_rate < 1e-3 else math.nan, norm)
 
     monkeypatch.setattr(Watch, "step", step)
-    monkeypatch.setattr(module, "make_trainer", make)
     found = with_rate(ready, QUIET)
     assert found.config.training.learning_rate < 1e-3
     assert {t["learning_rate"]: t["loss"] for t in found.trials or ()}[2e-3] is None
-    rates.append(math.inf)
     monkeypatch.setattr(Watch, "step", lambda self, loss, norm: whole(self, math.nan, norm))
     with pytest.raises(
         DivergedError, match=r"auto tried rates from 3.1e-05 to 0.008, and training diverged at every one"
@@ -175,10 +178,9 @@ def test_rates_that_diverge_are_passed_over(place: Path, monkeypatch: pytest.Mon
 
 
 def test_a_shared_out_base_model_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ready = ready_of(place)
     monkeypatch.setattr(processes, "_sharded", True)
     with pytest.raises(ConfigError, match="auto needs the whole base model in every process; write a number"):
-        with_rate(ready, QUIET)
+        ready_of(place)
 
 
 @pytest.mark.parametrize("written", ["automatic", "Auto", "[auto]"])
@@ -187,19 +189,8 @@ def test_other_words_are_refused(written: str) -> None:
         load(None, [f"learning_rate={written}"])
 
 
-def test_a_trial_is_no_longer_than_the_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import trivet.learning_rate as module
-
-    lengths = []
-    made = module.make_trainer
-
-    def make(trial: Prepared, *others: Any) -> Any:
-        trainer = made(trial, *others)
-        lengths.append(trainer.args.max_steps)
-        return trainer
-
-    monkeypatch.setattr(module, "make_trainer", make)
+def test_a_trial_is_no_longer_than_the_run(place: Path, trainers: list[Any]) -> None:
     with_rate(ready_of(place, **{"training.max_steps": 3}), QUIET)
-    assert set(lengths) == {3} and STEPS > 3
+    assert {trainer.args.max_steps for trainer in trainers} == {3} and STEPS > 3
     found = with_rate(ready_of(place, **{"training.max_steps": 1}), QUIET)  # whose loss is there before any step
     assert found.config.training.learning_rate == 2e-3

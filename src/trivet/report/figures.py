@@ -45,11 +45,7 @@ def parts(run: Run) -> dict[str, Any]:
         ),
         "prices": _prices(run),
         "tried": _tried(run),
-        "trials": [
-            (f"{trial['learning_rate']:.2g}", f"{trial['loss']:.4f}" if is_number(trial["loss"]) else "diverged")
-            for trial in result.get("learning_rate_trials") or []
-            if is_number(trial.get("learning_rate"))
-        ],
+        "trials": _trials(run),
         "unused": _unused(run),
         "speed": charts.line_chart(
             [Series("speed", speeds(run), "line", 1)], label="tokens a second", high=150, zero=True
@@ -212,6 +208,15 @@ def _tried(run: Run) -> list[dict[str, Any]]:
         }
         for h in run.result.get("rank_history") or []
         if h.get("tried")
+    ]
+
+
+def _trials(run: Run) -> list[tuple[str, str]]:
+    """Learning rates that were tried, with the losses of their trials."""
+    return [
+        (f"{trial['learning_rate']:.2g}", f"{trial['loss']:.4f}" if is_number(trial.get("loss")) else "diverged")
+        for trial in run.result.get("learning_rate_trials") or []
+        if is_number(trial.get("learning_rate"))
     ]
 
 

@@ -22,6 +22,12 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
         #: The signal's number; None while there was none.
         self.signal: int | None = None
 
+    @property
+    def name(self) -> str:
+        """The signal's name, once there was one."""
+        assert self.signal is not None  # noqa: S101
+        return signal.Signals(self.signal).name
+
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Catches signals in the block; only the main thread can, elsewhere they go where they went."""
@@ -42,8 +48,7 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
         for further, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
             if signal.getsignal(further) is not signal.SIG_IGN:
                 signal.signal(further, handler)
-        name = signal.Signals(number).name
-        self.console.print(f"{name}: {self.then}; once more to stop at once", highlight=False)
+        self.console.print(f"{self.name}: {self.then}; once more to stop at once", highlight=False)
 
     def _stop(self, control: Any) -> None:
         if number := processes.largest(self.signal or 0):
