@@ -7,11 +7,12 @@ speed_gpu.jsonl: each side's step times, rates, memory and start; how many times
 round by round; and machine, versions and command. A side that can't run here says why, and the others go on.
 
 Without --data the workloads that need no file run: `dense` (SmolLM2-135M, 4 rows of 256 random tokens, all of them
-labels), `gpt2` (the same with GPT-2's size and random weights), `four-bit` (as `dense`, frozen weights in 4 bits beside
-whole ones, and PEFT with bitsandbytes), `types` (as `dense`, trivet alone in float32 and in bfloat16), `lengths`
-(trivet alone, one row of 512, 1024 and 2048) and `seq2seq` (BART base's size, random weights). With it also `e2e`,
-`snips`, `gsm8k` (prompt and completion; TRL with its defaults and with its two best settings) and `trec` (a classifier;
-each side in its own default type, `trec-fp32` in float32). --device cuda runs `dense` with a Llama of --size, or what
+labels), `gpt2` (the same with GPT-2's size and random weights), `four-bit` (as `dense`, frozen weights in 4 bits
+beside whole ones, and PEFT with bitsandbytes), `types` (as `dense`, trivet alone in float32 and in bfloat16),
+`lengths` (trivet alone, one row of 512, 1024 and 2048) and `seq2seq` (BART base's size, random weights). With it also
+`e2e`, `snips`, `gsm8k` (prompt and completion; TRL with its defaults and with its two best settings), `e2e-chat`,
+`snips-chat`, `gsm8k-chat` (the same rows in the model's chat template, on all sides) and `trec` (a classifier; each
+side in its own default type, `trec-fp32` in float32). --device cuda runs `dense` with a Llama of --size, or what
 --workloads names, beside TRL and Unsloth, and reports model FLOPs utilisation. A side can have a Python of its own,
 where its packages don't go with trivet's: --python unsloth=FOLDER/bin/python.
 """
@@ -40,6 +41,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = {"cpu": HERE / "results" / "speed.jsonl", "cuda": HERE / "results" / "speed_gpu.jsonl"}
 WARMUP = 2
 TRL = ("trivet", "trivet-padded", "trl", "trl-grouped", "trl-packed")
+CHAT = ("trivet", "trivet-unshared", "trl", "trl-grouped", "trl-packed")
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Workload:
     file: str | None = None
     dtype: str = "auto"
     pack_length: int = 0  # of TRL's packs: about the tokens of the other sides' steps
+    chat: bool = False  # rows in the model's chat template
     random: str = ""  # a model with random weights instead of the base model
 
 
@@ -67,6 +70,9 @@ WORKLOADS = {
     "e2e": Workload("rows", TRL, 16, file="d2t_e2e_train.jsonl.gz", pack_length=1024),
     "snips": Workload("rows", TRL, 16, file="extract_snips_train.jsonl", pack_length=1024),
     "gsm8k": Workload("rows", TRL, 8, file="math_gsm8k_train.jsonl.gz", pack_length=1536),
+    "e2e-chat": Workload("rows", CHAT, 16, file="d2t_e2e_train.jsonl.gz", pack_length=1400, chat=True),
+    "snips-chat": Workload("rows", CHAT, 16, file="extract_snips_train.jsonl", pack_length=1344, chat=True),
+    "gsm8k-chat": Workload("rows", CHAT, 8, file="math_gsm8k_train.jsonl.gz", pack_length=1792, chat=True),
     "trec": Workload("labels", ("trivet", "peft"), 16, rank=8, file="cls_trec_train.jsonl"),
     "trec-fp32": Workload("labels", ("trivet", "peft"), 16, rank=8, file="cls_trec_train.jsonl", dtype="float32"),
 }

@@ -105,7 +105,7 @@ def drive(turns: Turns, trainer: Any, spec: dict[str, Any]) -> None:
 def run(turns: Turns, spec: dict[str, Any]) -> None:
     """The side that `spec` names."""
     with tempfile.TemporaryDirectory() as folder:
-        if spec["side"] in ("trivet", "trivet-padded"):
+        if spec["side"].startswith("trivet"):
             trainer = trivet_trainer(turns, spec, Path(folder))
         elif spec["side"].startswith("trl"):
             trainer = trl_trainer(turns, spec, folder)
@@ -142,9 +142,10 @@ def trivet_trainer(turns: Turns, spec: dict[str, Any], folder: Path) -> Any:
             "model.device": spec["device"],
             "data.train": spec["rows_file"],
             "data.validation": None,
-            "data.chat_template": "none",  # as TRL, which puts none on prompt and completion
+            "data.chat_template": "auto" if spec["chat"] else "none",  # as TRL, which puts none on plain text
             "training.batch_size": spec["rows"],
             "training.packing": False if spec["side"] == "trivet-padded" else None,
+            "training.share_prefix": False if spec["side"] == "trivet-unshared" else None,
             "training.max_steps": spec["rounds"] + 1,
             "training.eval_steps": spec["rounds"] + 2,
             "output_dir": str(folder),
@@ -198,13 +199,19 @@ def trl_material(turns: Turns, spec: dict[str, Any], dtype: str) -> tuple[Any, A
         base = load_base(spec["base"], task="causal-lm", dtype=dtype, device=spec["device"])
         turns.loaded(base.model)
         rows = [{key: row[key] for key in ("prompt", "completion")} for row in read(spec["rows_file"])]
-        return base.model, base.tokenizer, rows
+        return base.model, base.tokenizer, [turns_of(row) for row in rows] if spec["chat"] else rows
     from transformers import AutoTokenizer
 
     model = causal_model(spec, dtype)
     turns.loaded(model)
     ids = random_ids(0, spec["rows"] * (spec["rounds"] + 1), spec["length"], model.config.vocab_size, "cpu")
     return model, AutoTokenizer.from_pretrained(spec["tokenizer"]), [{"input_ids": row} for row in ids.tolist()]
+
+
+def turns_of(row: dict[str, str]) -> dict[str, Any]:
+    """Prompt and completion as a conversation, so that TRL puts the chat template on them."""
+    roles = {"prompt": "user", "completion": "assistant"}
+    return {key: [{"role": roles[key], "content": text}] for key, text in row.items()}
 
 
 def peft_trainer(turns: Turns, spec: dict[str, Any], folder: str) -> Any:

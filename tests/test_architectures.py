@@ -15,7 +15,8 @@ from transformers.models.auto import modeling_auto
 from trivet import attach
 from trivet.data.batch import Collator
 from trivet.data.encode import Encoded
-from trivet.packing import why_not_packed
+from trivet.loss import token_losses
+from trivet.packing import why_not_packed, why_not_shared
 
 pytestmark = pytest.mark.slow
 
@@ -135,17 +136,26 @@ def test_the_fast_path_computes_the_same(task: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", TASKS["causal-lm"][0])
 def test_packed_rows_are_judged_alike_in_16_bits(kind: str) -> None:
+    """And what they share: a model that may share rows' beginnings computes what it does with single rows."""
     if kind in NOT_JUDGED:
         pytest.skip(NOT_JUDGED[kind])
     model = tiny(kind, "causal-lm")
     draw = torch.Generator().manual_seed(3)
-    rows = [
-        Encoded(input_ids=torch.randint(5, 90, (n,), generator=draw).tolist(), labels=[-100] * n) for n in (9, 12, 7)
-    ]
-    said = []
+    head, *own = (torch.randint(5, 90, (n,), generator=draw).tolist() for n in (20, 9, 12, 7))
+    rows = [Encoded(input_ids=head + ids, labels=[-100] * 22 + ids[2:]) for ids in own]
+    packed, shared, losses = [], [], {}
     for dtype in (torch.float32, torch.bfloat16):
         base = SimpleNamespace(task="causal-lm", dtype=dtype, device=torch.device("cpu"), model=model.to(dtype))
         peft = adapted(base.model, "causal-lm", fast=True)
         session: Any = SimpleNamespace(base=base, model=peft, tokenizer=range(96), collator=Collator(0))
-        said.append(why_not_packed(session, rows))
-    assert (said[0] is None) == (said[1] is None), said
+        packed.append(why_not_packed(session, rows))
+        shared.append(why_not_shared(session, rows, 20, tokens=48))
+        if dtype == torch.float32 and packed[0] is shared[0] is None:
+            long = [Encoded(input_ids=head + ids * 3, labels=[-100] * 22 + (ids * 3)[2:]) for ids in own]
+            for share in (False, True):
+                batch = Collator(0, packed=share, share=share)(long)
+                losses[share] = token_losses(peft, batch, batch.pop("labels"), shifted=True)[0].detach()
+    assert (packed[0] is None) == (packed[1] is None), packed
+    assert (shared[0] is None) == (shared[1] is None), shared
+    if losses:
+        torch.testing.assert_close(losses[True], losses[False], rtol=1e-4, atol=1e-4)

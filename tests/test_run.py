@@ -104,7 +104,7 @@ def test_the_saved_config_is_the_one_that_ran(done: Path) -> None:
     ran = load(
         values={
             "model.name": "gpt2", "output_dir": "runs/first", "data.train": "train.jsonl", "data.test": "test.jsonl",
-            "training.packing": True, **QUICK,
+            "training.packing": True, "training.share_prefix": False, **QUICK,
         }
     )  # fmt: skip
     assert load(done / "runs/first/config.yaml") == ran  # with what was left open as it was decided

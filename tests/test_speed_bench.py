@@ -128,6 +128,10 @@ def test_contents_of_padded_packed_and_labelled_batches() -> None:
     assert contents(packed) == {"rows": 3, "tokens": 6, "supervised": 5}
     ours = Collator(0, packed=True)([{"input_ids": [5] * n, "labels": [-100] + [5] * (n - 1)} for n in (3, 2, 4)])
     assert ours["input_ids"].numel() == 16 and contents(ours) == {"rows": 3, "tokens": 9, "supervised": 6}
+    alike = Collator(0, packed=True, share=True)(
+        [{"input_ids": [5] * 6 + [n] * n, "labels": [-100] * 7 + [n] * (n - 1)} for n in (3, 2, 4)]
+    )
+    assert alike["input_ids"].numel() == 16 and contents(alike) == {"rows": 3, "tokens": 27, "supervised": 6}
     classes = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 1])}
     assert contents(classes) == {"rows": 2, "tokens": 6, "supervised": 2}
 

@@ -157,6 +157,11 @@ class TrainingConfig:
         "put a batch's rows behind each other instead of padding them; none sees another, and rows of any length meet. "
         "null means on CPUs, for causal models that can",
     )
+    share_prefix: bool | None = option(
+        None,
+        "compute what all packed rows begin with (a template's head, an instruction) once a batch instead of once a "
+        "row: the same result with fewer tokens. null means where it is worth it, for models that can",
+    )
     max_tokens_per_batch: int | None = option(
         None, "batches of at most so many tokens, padding included, instead of batch_size rows", at_least=1
     )
@@ -209,8 +214,9 @@ class Config:
         """This config with what it leaves open as it was decided when the run `before` began."""
         settings, then = self.training, before.training
         packing = then.packing if settings.packing is None else settings.packing
+        sharing = then.share_prefix if settings.share_prefix is None else settings.share_prefix
         rate = then.learning_rate if settings.learning_rate == "auto" else settings.learning_rate
-        return replace(self, training=replace(settings, packing=packing, learning_rate=rate))
+        return replace(self, training=replace(settings, packing=packing, share_prefix=sharing, learning_rate=rate))
 
 
 #: Names from Hugging Face and common trainers -> ours. They are accepted in any section and at the top level.

@@ -85,17 +85,26 @@ def _attend(
 
 def _says_no_more(mask: torch.Tensor | None, borders: torch.Tensor) -> bool:
     """Whether a mask only keeps rows apart and is causal: that of a sliding window hides more."""
-    lengths = borders.diff().long()
-    return mask is None or int(torch.count_nonzero(mask)) == int((lengths * (lengths + 1) // 2).sum())
+    shared, lengths = int(borders[0]), borders.diff().long()
+    seen = int((lengths * (shared * 2 + lengths + 1)).sum() + shared * (shared + 1)) // 2
+    return mask is None or int(torch.count_nonzero(mask)) == seen
 
 
 def _packed(query: Any, key: Any, value: Any, borders: torch.Tensor, scale: float | None, dropout: float) -> Any:
-    """Causal attention within rows that lie behind each other: each to itself in a padded batch, and back."""
-    lengths = borders.diff().long()
+    """Causal attention within rows that lie behind each other: each to itself in a padded batch, and back.
+
+    What lies before the first row is the beginning of all of them: see `trivet.data.batch.Collator`.
+    """
+    shared, lengths = int(borders[0]), borders.diff().long()
     inside = torch.arange(int(lengths.max())) < lengths[:, None]
     places = torch.where(inside, borders[:-1, None] + torch.arange(inside.shape[1]), 0)
-    rows = (t[0][:, places].transpose(0, 1) for t in (query, key, value))
-    return attention(*rows, causal=True, scale=scale, dropout=dropout)[inside][None]
+    q, k, v = (t[0][:, places].transpose(0, 1) for t in (query, key, value))
+    if not shared:
+        return attention(q, k, v, causal=True, scale=scale, dropout=dropout)[inside][None]
+    first, *beginning = (t[:, :, :shared] for t in (query, key, value))
+    k, v = (torch.cat([t.expand(len(q), -1, -1, -1), own], 2) for t, own in zip(beginning, (k, v), strict=True))
+    own = attention(q, k, v, causal=True, scale=scale, dropout=dropout)[inside][None]
+    return torch.cat([attention(first, *beginning, causal=True, scale=scale, dropout=dropout), own], 1)
 
 
 AttentionInterface.register(ATTENTION, _attend)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from trivet.data.batch import seen
 from trivet.data.encode import IGNORE
 from trivet.head import supervised_losses
 
@@ -33,7 +34,7 @@ def token_losses(
     """
     if shifted:
         labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-        batch = _without_idle_mask(batch)
+        batch = _with_mask(_without_idle_mask(batch))
     chosen = labels != IGNORE
     losses, right = supervised_losses(model, batch, chosen, labels[chosen], z_loss=z_loss)
     return losses, right, chosen.nonzero()[:, 0]
@@ -45,6 +46,12 @@ def _without_idle_mask(batch: Mapping[str, torch.Tensor]) -> Mapping[str, torch.
     if mask is None or mask.dim() != 2 or not bool(mask[:, 0].all()) or not bool((mask[:, 1:] <= mask[:, :-1]).all()):
         return batch
     return {key: value for key, value in batch.items() if key != "attention_mask"}
+
+
+def _with_mask(batch: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """Packed rows' borders say how they are kept apart; that they share their beginning takes a mask."""
+    borders = batch.get("cu_seq_lens_q")
+    return batch if borders is None or not borders[0] else {**batch, "attention_mask": seen(borders)}
 
 
 def training_loss(

@@ -17,7 +17,7 @@ from trivet.data.encode import Encoded, Summary, encode_dataset
 from trivet.errors import ConfigError
 from trivet.memory import Estimate, estimate, free_memory
 from trivet.model import check_base
-from trivet.packing import why_not_packed
+from trivet.packing import why_not_packed, why_not_shared, worth_sharing
 from trivet.session import Session, begin, check_format
 from trivet.splits import Splits
 
@@ -61,7 +61,8 @@ def prepare(config: Config, splits: Splits, console: Console) -> Prepared:
     for line in summary.lines():
         say(console, f"  {line}")
     packing = _packs(config, session, train_rows, console)
-    config = replace(config, training=replace(config.training, packing=packing))
+    sharing = _shares(config, session, train_rows, summary.longest, packing, console)
+    config = replace(config, training=replace(config.training, packing=packing, share_prefix=sharing))
     validation_rows = None
     if splits.validation is not None:
         check_format(splits.validation, session.base.task)
@@ -98,6 +99,24 @@ def _packs(config: Config, session: Session, rows: list[Encoded], console: Conso
         raise ConfigError(f"training.packing: {reason}; set it to false")
     if reason:
         say(console, f"  rows are padded, not packed: {reason}")
+    return reason is None
+
+
+def _shares(
+    config: Config, session: Session, rows: list[Encoded], longest: int, packing: bool, console: Console
+) -> bool:
+    """Whether what all rows begin with is computed once for a batch."""
+    settings = config.training
+    if settings.share_prefix and not packing:
+        raise ConfigError("training.share_prefix: is for packed rows, and these are padded; set it to false")
+    shared = worth_sharing(rows) if packing and settings.share_prefix is not False else 0
+    if not shared:
+        return False
+    reason = why_not_shared(session, rows, shared, settings.max_tokens_per_batch or settings.batch_size * longest)
+    if reason and settings.share_prefix:
+        raise ConfigError(f"training.share_prefix: {reason}; set it to false")
+    once = f"not computed once a batch: {reason}" if reason else "computed once a batch"
+    say(console, f"  all rows begin with the same {shared} tokens, {once}")
     return reason is None
 
 

@@ -79,7 +79,7 @@ def make_trainer(ready: Prepared, folder: RunFolder, log_callback: RunLog, *furt
         task=session.base.task,
         train_rows=ready.train_rows,
         validation_rows=held,
-        collator=replace(session.collator, packed=bool(settings.packing)),
+        collator=replace(session.collator, packed=bool(settings.packing), share=bool(settings.share_prefix)),
         optimizer=partial(optimizer, head_learning_rate=settings.head_learning_rate),
         callbacks=callbacks,
         tokenizer=session.tokenizer,

@@ -80,6 +80,14 @@ def test_more_keys_than_queries(queries: int) -> None:
     agree(inputs(queries, 333, heads=(4, 2)))
 
 
+@pytest.mark.parametrize("queries", [1, 40, 64, 100, 300])
+def test_the_last_of_more_keys_than_queries(queries: int) -> None:
+    """Causal from the end: every query sees what comes before all of them."""
+    qkv, mask = inputs(queries, 333, heads=(4, 2)), torch.ones(queries, 333, dtype=torch.bool).tril(333 - queries)
+    for found, wanted in zip(results(ours(causal=True), qkv), results(torchs(mask), qkv), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
 @pytest.mark.parametrize("shape", [(2, 1, 1, 290), (2, 1, 290, 290), (2, 4, 290, 290), (1, 4, 1, 290), (290, 290)])
 def test_masks_of_every_shape(shape: tuple[int, ...], heads: tuple[int, int]) -> None:

@@ -1,4 +1,4 @@
-"""Encoded rows as tensors: padded to one length, or packed behind each other."""
+"""Encoded rows as tensors: padded to one length, or packed behind each other, what they begin with alike once."""
 
 from __future__ import annotations
 
@@ -24,6 +24,11 @@ class Collator:
 
     Packed, the rows of a batch become one, without padding: positions begin anew with each row, and the rows' borders
     are given as transformers' attention functions read them, so that no row sees another (causal models alone).
+
+    With `share`, what all of a batch's rows begin with (a template's head, an instruction) comes once, before them, and
+    a mask lets each row see it: a causal model computes the same there for all of them, and its gradient is the sum of
+    theirs (Wang & Hegde 2024, arXiv 2410.20305, for pairs of answers to one prompt). The first border says how long it
+    is.
     """
 
     pad_id: int
@@ -31,6 +36,7 @@ class Collator:
     side: str = "right"
     shift: Callable[..., torch.Tensor] | None = None
     packed: bool = False
+    share: bool = False
 
     def padded(self) -> Collator:
         """The same without packing."""
@@ -59,16 +65,17 @@ class Collator:
         return batch
 
     def _pack(self, rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
-        ids = [torch.tensor(row["input_ids"]) for row in rows]
-        lengths = [len(i) for i in ids]
-        rest = self._round(sum(lengths)) - sum(lengths)  # a last row, of padding or empty
-        labels = torch.cat([torch.tensor(row["labels"]) for row in rows])
-        positions = [torch.arange(n) for n in (*lengths, rest)]
-        borders = torch.tensor([0, *lengths, rest]).cumsum(0)
+        shared = shared_length(rows) if self.share else 0
+        lengths = [len(row["input_ids"]) - shared for row in rows]
+        rest = self._round(shared + sum(lengths)) - shared - sum(lengths)  # a last row, of padding or empty
+        ids = [*rows[0]["input_ids"][:shared], *(i for row in rows for i in row["input_ids"][shared:])]
+        labels = [*[IGNORE] * shared, *(label for row in rows for label in row["labels"][shared:])]
+        positions = [torch.arange(shared), *(torch.arange(shared, shared + n) for n in (*lengths, rest))]
+        borders = torch.tensor([shared, *lengths, rest]).cumsum(0)
         return {
-            "input_ids": F.pad(torch.cat(ids), (0, rest), value=self.pad_id)[None],
+            "input_ids": F.pad(torch.tensor(ids), (0, rest), value=self.pad_id)[None],
             "position_ids": torch.cat(positions)[None],
-            "labels": F.pad(labels, (0, rest), value=IGNORE)[None],
+            "labels": F.pad(torch.tensor(labels), (0, rest), value=IGNORE)[None],
             "cu_seq_lens_q": borders.int(),
             "cu_seq_lens_k": borders.int(),
             "max_length_q": max(lengths),  # type: ignore[dict-item]
@@ -90,11 +97,35 @@ class Collator:
         return out
 
 
+def shared_length(rows: Sequence[Encoded]) -> int:
+    """How many first tokens all `rows` have in common, none of which tells a learned one; 0 of a single row."""
+    first, last = (choose(row["input_ids"] for row in rows) for choose in (min, max))  # all others lie between
+    pairs = zip(first, last, strict=False)
+    shared = next((i for i, (one, other) in enumerate(pairs) if one != other), len(first)) if len(rows) > 1 else 0
+    for row in rows:
+        head = row["labels"][: shared + 1]
+        learned = next((i for i, label in enumerate(head) if label != IGNORE), len(head))
+        shared = max(0, min(shared, learned - 1))
+    return shared
+
+
+def seen(borders: torch.Tensor) -> torch.Tensor:
+    """What each token of packed rows sees: its row until itself, and what is shared; (1, 1, tokens, tokens) bool.
+
+    Args:
+        borders: where each row begins, and where the last ends; what is before the first belongs to all of them.
+    """
+    place = torch.arange(int(borders[-1]), device=borders.device)
+    row = torch.bucketize(place, borders, right=True)
+    return (((row == row[:, None]) | (row == 0)) & (place <= place[:, None]))[None, None]
+
+
 def tokens_in(batch: dict[str, Any]) -> torch.Tensor:
-    """How many tokens the batch's rows have, without padding."""
+    """How many tokens the batch's rows have, without padding; those that rows share count for each."""
     if "attention_mask" in batch:
         return batch["attention_mask"].sum()
-    return batch["cu_seq_lens_q"][-2]  # the last row is padding
+    borders = batch["cu_seq_lens_q"]
+    return borders[-2] + borders[0] * (rows_in(batch) - 1)  # the last row is padding
 
 
 def rows_in(batch: dict[str, Any]) -> int:
@@ -110,10 +141,13 @@ def halves(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for rows in (slice(None, middle), slice(middle, None)):
             yield {key: value[rows] if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
         return
-    cut = int(borders[middle])
+    shared, cut = int(borders[0]), int(borders[middle])
     first = torch.cat([borders[: middle + 1], borders[middle : middle + 1]])  # its last row, of padding, is empty
-    for tokens, own in ((slice(None, cut), first), (slice(cut, None), borders[middle:] - cut)):
-        parts = {key: batch[key][:, tokens] for key in ("input_ids", "position_ids", "labels")}
+    for begin, end, own in ((shared, cut, first), (cut, None, borders[middle:] - cut + shared)):
+        parts = {
+            key: torch.cat([batch[key][:, :shared], batch[key][:, begin:end]], 1)
+            for key in ("input_ids", "position_ids", "labels")
+        }
         yield {**batch, **parts, "cu_seq_lens_q": own, "cu_seq_lens_k": own}
 
 

@@ -38,7 +38,7 @@ def attention(
         key, value: (batch, key heads, keys, width); `heads` is a multiple of `key heads`.
         mask: what may be attended to (bool), or what is added to the scores (float, without gradient); it broadcasts
             to (batch, heads, queries, keys).
-        causal: query i sees keys 0 to i; there are as many keys as queries, and no mask.
+        causal: the last query sees all keys, the one before it all but one, and so on; there is no mask.
         scale: 1 / √width where it is None.
         dropout: probability of dropping an attention weight. The choice is drawn again in the backward pass, from a
             seed that torch's global state gives, so nothing of it is stored.
@@ -114,7 +114,8 @@ def _blocks(length: int, keys: int, causal: bool) -> list[tuple[slice, int]]:
     size = _LONG if length >= _LONG_FROM else _SHORT
     starts = range(0, length, size) if causal else range(0, length, max(size, 2**14 // keys))
     stops = [*starts[1:], length]
-    return [(slice(i, j), j if causal else keys) for i, j in zip(starts, stops, strict=True)]
+    before = keys - length  # keys that every query sees
+    return [(slice(i, j), before + j if causal else keys) for i, j in zip(starts, stops, strict=True)]
 
 
 def _rows(q: torch.Tensor, rows: slice) -> torch.Tensor:
@@ -130,7 +131,7 @@ def _probabilities(
     count = rows.stop - rows.start
     if causal:
         corner = torch.full((count, count), -math.inf, dtype=x.dtype, device=x.device).triu_(1)
-        scores.view(len(q), -1, count, seen)[..., rows].add_(corner)
+        scores.view(len(q), -1, count, seen)[..., seen - count :].add_(corner)
     elif mask is not None:
         part = mask if mask.shape[2] == 1 else mask[:, :, rows]
         by_head = scores.view(batch, -1, q.shape[1], count, seen)
