@@ -34,7 +34,7 @@ def token_losses(
     """
     if shifted:
         labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-        batch = _with_mask(_without_idle_mask(batch))
+        batch = _with_mask(model, _without_idle_mask(batch))
     chosen = labels != IGNORE
     losses, right = supervised_losses(model, batch, chosen, labels[chosen], z_loss=z_loss)
     return losses, right, chosen.nonzero()[:, 0]
@@ -48,10 +48,16 @@ def _without_idle_mask(batch: Mapping[str, torch.Tensor]) -> Mapping[str, torch.
     return {key: value for key, value in batch.items() if key != "attention_mask"}
 
 
-def _with_mask(batch: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+def _with_mask(model: Any, batch: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
     """Packed rows' borders say how they are kept apart; that they share their beginning takes a mask."""
     borders = batch.get("cu_seq_lens_q")
-    return batch if borders is None or not borders[0] else {**batch, "attention_mask": seen(borders)}
+    if borders is None or not borders[0]:
+        return batch
+    mask = seen(borders)
+    if model.config._attn_implementation == "eager":  # which adds a mask to the scores
+        dtype = model.get_input_embeddings().weight.dtype
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+    return {**batch, "attention_mask": mask}
 
 
 def training_loss(

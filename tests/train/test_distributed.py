@@ -53,6 +53,7 @@ MORE: dict[str, dict[str, Any]] = {
     "classes": {"model": "bert", "data.train": "classes.jsonl"},
     "sequences": {"model": "bart"},
     "packed": {"model": "llama", "training.packing": True},
+    "shared": {"model": "llama", "training.share_prefix": True, "data.train": "headed.jsonl"},
     "budget": {"training.max_tokens_per_batch": 96},
     "rate": {"training.learning_rate": "auto"},
 }
@@ -91,6 +92,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"prompt": "the cat " * (1 + i % 7), "completion": "ran to the red house " * (1 + i % 5)} for i in range(24)
     ]
     write_jsonl(folder / "train.jsonl", rows)
+    headed = [row | {"prompt": "the red cat ran to the house and the dog " + row["prompt"]} for row in rows]
+    write_jsonl(folder / "headed.jsonl", headed)
     classes = [{"text": row["prompt"], "label": row["completion"].split()[-1]} for row in colour_rows(24)]
     write_jsonl(folder / "classes.jsonl", classes)
     (folder / "many.py").write_text(MANY)

@@ -28,6 +28,8 @@ from trivet.train.numbers import Watch
 
 QUIET = Console(quiet=True)
 AUTO: dict[str, Any] = {"training.learning_rate": "auto"}
+#: A run, and so each of its trials, of few steps.
+SHORT: dict[str, Any] = {"training.max_steps": 6}
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +110,7 @@ def test_the_run_is_the_one_with_that_number_to_the_bit(place: Path) -> None:
     "method", ["trivet", {"rank": {"name": "adalora", "start_rank": 8}}, "lora_fa", "pissa", "lora_xs"]
 )
 def test_trials_leave_adapter_ranks_and_method_as_they_were(place: Path, method: Any) -> None:
-    ready = ready_of(place, method=method)
+    ready = ready_of(place, method=method, **SHORT)
     plan, model = ready.session.model.trivet, ready.session.model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found = with_rate(ready, QUIET)
@@ -134,7 +136,7 @@ def test_it_is_near_the_best_rate_of_whole_runs(tmp_path: Path) -> None:
     def best_loss(rate: Any) -> float:
         values = {
             "model.name": str(tmp_path / "llama"), "model.dtype": "float32", "data.validation": 0.2,
-            "data.train": str(tmp_path / "train.jsonl"), "training.learning_rate": rate, "training.max_steps": 60,
+            "data.train": str(tmp_path / "train.jsonl"), "training.learning_rate": rate, "training.max_steps": 40,
             "evaluation.generate": False, "evaluation.resamples": 10, "output_dir": str(tmp_path / str(rate)),
         }  # fmt: skip
         return float(train(load(values=values), console=QUIET).result["best_validation_loss"])
@@ -146,11 +148,11 @@ def test_it_is_near_the_best_rate_of_whole_runs(tmp_path: Path) -> None:
 
 def test_a_resumed_run_keeps_the_rate_and_the_trials(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    train(configured(place, out, **AUTO, **{"training.max_steps": 6}), console=QUIET)
+    train(configured(place, out, **AUTO, **SHORT), console=QUIET)
     first = json.loads((out / "result.json").read_text())
     (out / "result.json").unlink()
     said = Console(record=True, file=io.StringIO())
-    train(configured(place, out, **AUTO, **{"training.max_steps": 6}), resume=True, console=said)
+    train(configured(place, out, **AUTO, **SHORT), resume=True, console=said)
     again = json.loads((out / "result.json").read_text())
     assert again["learning_rate_trials"] == first["learning_rate_trials"]
     assert "trials of" not in said.export_text()
@@ -161,7 +163,7 @@ def test_a_resumed_run_keeps_the_rate_and_the_trials(place: Path, tmp_path: Path
 
 def test_rates_that_diverge_are_passed_over(place: Path, trainers: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps above a rate are no numbers here, as they may be in float16."""
-    ready, whole = ready_of(place), Watch.step
+    ready, whole = ready_of(place, **SHORT), Watch.step
 
     def step(self: Watch, loss: float, norm: float) -> bool:
         return whole(self, loss if trainers[-1].args.learning_rate < 1e-3 else math.nan, norm)

@@ -129,6 +129,18 @@ def test_losses_and_gradients_are_those_of_padded_rows(kind: str, fast: bool) ->
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_attention_that_adds_a_mask_gets_one_to_add(fast: bool) -> None:
+    rows, got = encoded(20, [5, 17, 3, 40], learned=2), []
+    for collator in (PADDED, SHARED):
+        model = tiny_model("llama", 64)
+        model.set_attn_implementation("eager")
+        model = attach(model, lora_rank=4, fast=fast).eval()
+        batch: dict[str, Any] = collator(rows)
+        got.append(token_losses(model, batch, batch.pop("labels"), shifted=True)[0].detach())
+    torch.testing.assert_close(*got, rtol=1e-5, atol=1e-5)
+
+
 def test_losses_in_16_bits_are_as_near_to_exact_ones_as_those_of_padded_rows() -> None:
     rows, got = encoded(20, [5, 17, 3, 40], learned=2), []
     for dtype, collator in ((torch.float32, PADDED), (torch.bfloat16, PADDED), (torch.bfloat16, SHARED)):
@@ -137,6 +149,19 @@ def test_losses_in_16_bits_are_as_near_to_exact_ones_as_those_of_padded_rows() -
         got.append(token_losses(model, batch, batch.pop("labels"), shifted=True)[0].detach())
     exact, padded, shared = got
     assert 0 < (shared - exact).abs().mean() < 2 * (padded - exact).abs().mean()
+
+
+def test_recomputed_activations_give_the_same_gradients() -> None:
+    got = []
+    for recomputed in (False, True):
+        model = attach(tiny_model("llama", 64), lora_rank=4).train()
+        if recomputed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        batch: dict[str, Any] = SHARED(encoded(20, [5, 17, 3, 40], learned=2))
+        training_loss(model, batch, batch.pop("labels"), task="causal-lm").backward()
+        got.append([p.grad for p in model.parameters() if p.requires_grad])
+    for one, other in zip(*got, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_halves_repeat_what_is_shared() -> None:
