@@ -122,7 +122,8 @@ def test_train_makes_the_run_folder(shop: Path) -> None:
     assert {p.name for p in run.iterdir()} == {
         "adapter", "checkpoints", "config.yaml", "log.jsonl", "predictions.jsonl", "report.html", "result.json",
     }  # fmt: skip
-    assert load(run / "config.yaml") == load(shop / "config.yaml", [*OVERRIDES, "training.packing=true"])
+    decided = ["training.packing=true", "training.share_prefix=false"]
+    assert load(run / "config.yaml") == load(shop / "config.yaml", [*OVERRIDES, *decided])
     result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     assert result["steps"] == 40
     assert result["evaluated_on"] == {"split": "test", "source": "test.jsonl"}
