@@ -41,6 +41,11 @@ CORPUS = [
 ]
 
 
+def slow(*values: Any) -> list[Any]:
+    """Values of a parameter that only `make test-slow` takes."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of shared data; skips the test where it is absent."""

@@ -212,11 +212,10 @@ class Config:
 
     def as_decided(self, before: Config) -> Config:
         """This config with what it leaves open as it was decided when the run `before` began."""
-        settings, then = self.training, before.training
-        packing = then.packing if settings.packing is None else settings.packing
-        sharing = then.share_prefix if settings.share_prefix is None else settings.share_prefix
-        rate = then.learning_rate if settings.learning_rate == "auto" else settings.learning_rate
-        return replace(self, training=replace(settings, packing=packing, share_prefix=sharing, learning_rate=rate))
+        left_open = {"packing": None, "share_prefix": None, "learning_rate": "auto"}
+        now, then = vars(self.training), vars(before.training)
+        decided = {name: then[name] for name, open_ in left_open.items() if now[name] == open_}
+        return replace(self, training=replace(self.training, **decided))
 
 
 #: Names from Hugging Face and common trainers -> ours. They are accepted in any section and at the top level.

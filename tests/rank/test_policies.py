@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import load_file
 
-from conftest import colour_rows, save_tiny, tiny_model, write_jsonl
+from conftest import colour_rows, save_tiny, slow, tiny_model, write_jsonl
 from trivet.adapter.attach import attach
 from trivet.adapter.layers import adapted_layers
 from trivet.adapter.plan import plan_of
@@ -190,7 +190,7 @@ def test_auto_cuts_the_best_checkpoint_where_training_stopped_early(place: Path)
     assert losses[stopped] > losses[stopped - 10]
 
 
-@pytest.mark.parametrize("name", ["squeeze", "uniform_squeeze", "adalora", "grow", "auto"])
+@pytest.mark.parametrize("name", ["squeeze", *slow("uniform_squeeze", "adalora", "grow"), "auto"])
 @pytest.mark.parametrize("every", [1, 8])
 def test_the_budget_is_kept_where_training_stopped_before_the_ranks_were_settled(
     place: Path, name: str, every: int
@@ -225,7 +225,7 @@ def test_rank_aware_steps_are_on_with_varying_ranks_and_can_be_switched_off() ->
         assert plan_of(model).policy.rank_aware_step is on
 
 
-@pytest.mark.parametrize("rank", [2, 8])
+@pytest.mark.parametrize("rank", [2, *slow(8)])
 def test_a_rank_aware_step_is_plain_loras_at_another_rate(place: Path, rank: int) -> None:
     """Twice the rate at r = 2, where √(8 / r) is 2; the same at r = 8."""
     common = {"model.lora_rank": rank, "training.max_steps": 10}

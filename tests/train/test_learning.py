@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from conftest import COLOURS, colour_rows, save_tiny
+from conftest import COLOURS, colour_rows, save_tiny, slow
 from trivet.configio import load
 from trivet.data.detect import Example
 from trivet.evaluate.generate import generate
@@ -68,7 +68,7 @@ def test_answers_are_learned_with_their_end(tmp_path: Path, kind: str) -> None:
     assert exact == roomy == [row["completion"] for row in asked]  # stopped by itself, with room for 100 tokens
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "gpt2"])
+@pytest.mark.parametrize("kind", ["bert", *slow("roberta", "distilbert"), "gpt2"])
 def test_classes_are_learned(tmp_path: Path, kind: str) -> None:
     filler, draw = (
         ["the", "cat", "sat", "on", "mat", "and", "dog", "ran", "to", "number", "plus", "minus"],
@@ -86,7 +86,7 @@ def test_classes_are_learned(tmp_path: Path, kind: str) -> None:
     assert outcome.session.base.labels == ("blue", "green", "red")
 
 
-@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+@pytest.mark.parametrize("kind", ["bert", *slow("distilbert")])
 def test_numbers_are_learned(tmp_path: Path, kind: str) -> None:
     words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     rows = [{"text": f"the number {a} plus {b}", "label": (i + j) / 10 - 0.95}

@@ -16,7 +16,7 @@ from rich.console import Console
 from short_run import configured, furnish, logged, same
 
 import trivet.training
-from conftest import save_tiny, write_jsonl
+from conftest import save_tiny, slow, write_jsonl
 from trivet import processes
 from trivet.configio import load
 from trivet.errors import ConfigError, DivergedError
@@ -107,7 +107,7 @@ def test_the_run_is_the_one_with_that_number_to_the_bit(place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", ["trivet", {"rank": {"name": "adalora", "start_rank": 8}}, "lora_fa", "pissa", "lora_xs"]
+    "method", ["trivet", {"rank": {"name": "adalora", "start_rank": 8}}, "lora_xs", *slow("lora_fa", "pissa")]
 )
 def test_trials_leave_adapter_ranks_and_method_as_they_were(place: Path, method: Any) -> None:
     ready = ready_of(place, method=method, **SHORT)

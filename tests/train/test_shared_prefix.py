@@ -16,7 +16,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from conftest import bpe_tokenizer, tiny_model
+from conftest import bpe_tokenizer, slow, tiny_model
 from trivet.adapter.attach import attach
 from trivet.adapter.layers import adapted_layers
 from trivet.configio import load
@@ -265,7 +265,7 @@ def test_a_model_that_passes_over_the_mask_is_trained_without(
     assert decided.packing is True and decided.share_prefix is False
 
 
-@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("share", [True, *slow(False)])
 def test_a_resumed_run_shares_as_it_did(tiny: Any, tmp_path: Path, share: bool) -> None:
     """Also where it is left open."""
     folder, adapters = tiny("llama"), []

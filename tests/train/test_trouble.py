@@ -23,7 +23,7 @@ from short_run import ROWS, configured, furnish, logged, same, weights
 import trivet.run
 import trivet.train.checkpoint
 import trivet.train.trainer
-from conftest import save_tiny, write_jsonl
+from conftest import save_tiny, slow, write_jsonl
 from trivet.configio import dump
 from trivet.errors import ConfigError, DivergedError, InterruptedRunError, StorageError
 from trivet.run import Outcome, train
@@ -65,7 +65,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, *steps: int, once: bool = False, valu
 
 
 @pytest.mark.parametrize("method", ["lora", "lora_pro", {"rank": {"name": "adalora", "start_rank": 16}}])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [math.nan, *slow(math.inf)])
 def test_a_step_without_numbers_changes_nothing_and_names_its_rows(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Any, value: float
 ) -> None:
