@@ -28,6 +28,13 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_runtest_logfinish() -> None:
+    """Neither through what a test has imported: Trainers search for garbage several times a run."""
+    if len(gc.get_objects()) > 50_000:
+        gc.collect()
+        gc.freeze()
+
+
 #: Real data and tokenizers beside the checkout; tests that need them skip where they are absent.
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
