@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from statistics import fmean
 
-from trivet.data.batch import Collator
+from trivet.data.batch import shared_length
 from trivet.data.dataset import load_dataset
 from trivet.data.encode import TextEncoder, encode_dataset
 from trivet.model import load_base
@@ -38,10 +39,10 @@ def main() -> None:
     for file, (name, size) in FILES.items():
         rows, summary = encode_dataset(load_dataset(arguments.data / file).shuffled(0).take(ROWS), encoder)
         batches = [rows[i : i + size] for i in range(0, len(rows) - size + 1, size)]
-        packed, shared = (Collator(0, packed=True, multiple=1, share=share) for share in (False, True))
-        tokens, left = (sum(make(batch)["input_ids"].numel() for batch in batches) for make in (packed, shared))
-        alike = sum(int(shared(batch)["cu_seq_lens_q"][0]) for batch in batches) / len(batches)
-        print(f"| {name} | {size} | {summary.tokens / len(rows):.0f} | {alike:.0f} | {left / tokens:.0%} |")
+        alike = [shared_length(batch) for batch in batches]
+        tokens = sum(len(row["input_ids"]) for batch in batches for row in batch)
+        kept = 1 - sum(alike) * (size - 1) / tokens
+        print(f"| {name} | {size} | {summary.tokens / len(rows):.0f} | {fmean(alike):.0f} | {kept:.0%} |")
 
 
 if __name__ == "__main__":

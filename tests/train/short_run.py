@@ -46,6 +46,27 @@ def configured(place: Path, out: Path, **settings: Any) -> Config:
     return load(values={**values, **SETTINGS, **settings})
 
 
+def settings(model: Path, out: Path, **more: Any) -> dict[str, Any]:
+    """The values of a run of two passes over rows that are handed over, without validation."""
+    return {
+        "model.name": str(model),
+        "model.dtype": "float32",
+        "model.device": "cpu",
+        "data.validation": None,
+        "training.batch_size": 4,
+        "training.num_epochs": 2,
+        "training.learning_rate": 1e-2,
+        "evaluation.generate": False,
+        "output_dir": str(out),
+        **more,
+    }
+
+
+def losses(out: Path) -> list[float]:
+    """The training loss of each step."""
+    return [row["loss"] for row in logged(out) if "loss" in row]
+
+
 def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "adapter" / "adapter_model.safetensors")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ import transformers as hf
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from short_run import ROWS, losses, settings
 
 from conftest import bpe_tokenizer, save_tiny, tiny_model, write_jsonl
 from trivet.adapter.attach import attach
@@ -35,29 +35,6 @@ from trivet.train.callback import RunLog
 from trivet.train.oom import Halver
 from trivet.train.sampler import TokenBudgetSampler
 from trivet.training import make_trainer
-
-ROWS = [{"prompt": "the cat " * (1 + i % 7), "completion": "ran to the red house " * (1 + i % 5)} for i in range(24)]
-
-
-def settings(folder: Path, out: Path, **more: Any) -> dict[str, Any]:
-    return {
-        "model.name": str(folder),
-        "model.dtype": "float32",
-        "model.device": "cpu",
-        "data.validation": None,
-        "training.batch_size": 4,
-        "training.num_epochs": 2,
-        "training.learning_rate": 1e-2,
-        "evaluation.generate": False,
-        "output_dir": str(out),
-        **more,
-    }
-
-
-def losses(out: Path) -> list[float]:
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
-
 
 # -- token budgets -------------------------------------------------------------------------------------------
 

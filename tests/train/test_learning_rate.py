@@ -136,12 +136,12 @@ def test_it_is_near_the_best_rate_of_whole_runs(tmp_path: Path) -> None:
     def best_loss(rate: Any) -> float:
         values = {
             "model.name": str(tmp_path / "llama"), "model.dtype": "float32", "data.validation": 0.2,
-            "data.train": str(tmp_path / "train.jsonl"), "training.learning_rate": rate, "training.max_steps": 24,
+            "data.train": str(tmp_path / "train.jsonl"), "training.learning_rate": rate, "training.max_steps": STEPS,
             "evaluation.generate": False, "evaluation.resamples": 10, "output_dir": str(tmp_path / str(rate)),
         }  # fmt: skip
         return float(train(load(values=values), console=QUIET).result["best_validation_loss"])
 
-    sweep = [best_loss(rate) for rate in (3e-4, 1e-2, 1e-1)]
+    sweep = [best_loss(rate) for rate in (3e-4, 3e-3, 1e-2, 3e-2, 1e-1)]
     found = best_loss("auto")
     assert found - min(sweep) < 0.1 * (max(sweep) - min(sweep))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from rich.console import Console
+from short_run import logged, settings
 
 from conftest import bpe_tokenizer, slow, tiny_model
 from trivet.adapter.attach import attach
@@ -27,7 +27,7 @@ from trivet.loss import token_losses, training_loss
 from trivet.packing import _window
 from trivet.run import train
 
-PADDED, PACKED, SHARED = Collator(0), Collator(0, packed=True), Collator(0, packed=True, share=True)
+PADDED, SHARED = Collator(0), Collator(0, packed=True, share=True)
 HEAD = "the red cat ran to the house and the dog "
 ROWS = [{"prompt": HEAD * 2 + "ran " * (i % 7), "completion": "to the red house " * (1 + i % 5)} for i in range(24)]
 
@@ -41,21 +41,6 @@ def encoded(beginning: int, lengths: list[int], learned: int = 1) -> list[Encode
         own = [place + 1, *torch.randint(1, 60, (n - 1,), generator=draw).tolist()]
         rows.append(Encoded(input_ids=head + own, labels=[IGNORE] * (beginning + learned) + own[learned:]))
     return rows
-
-
-def settings(folder: Path, out: Path, **more: Any) -> dict[str, Any]:
-    return {
-        "model.name": str(folder),
-        "model.dtype": "float32",
-        "model.device": "cpu",
-        "data.validation": None,
-        "training.batch_size": 4,
-        "training.num_epochs": 2,
-        "training.learning_rate": 1e-2,
-        "evaluation.generate": False,
-        "output_dir": str(out),
-        **more,
-    }
 
 
 def run(values: dict[str, Any]) -> tuple[str, Any]:
@@ -189,8 +174,7 @@ def test_a_run_learns_what_it_learns_without(tiny: Any, tmp_path: Path, kind: st
         said, decided = run(settings(folder, tmp_path / str(share), **{"training.share_prefix": share}))
         assert ("tokens, computed once a batch" in said) is (share is None)
         assert decided.packing is True and decided.share_prefix is (share is None)
-        log = [json.loads(line) for line in (tmp_path / str(share) / "log.jsonl").read_text().splitlines()]
-        logs.append([row for row in log if "loss" in row])
+        logs.append([row for row in logged(tmp_path / str(share)) if "loss" in row])
     ours, theirs = logs
     assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], rel=2e-3)
     assert [row["tokens"] for row in ours] == [row["tokens"] for row in theirs]  # of rows, not what was computed
