@@ -1,5 +1,5 @@
 """Replaces parts of a transformers model by faster or leaner ones that compute the same: norms, activations and rotary
-positions; on CPUs attention, dropout, and frozen linear layers whose 16-bit type the processor can't multiply.
+positions; on CPUs attention, dropout, and frozen linear layers where the processor is slow at torch's products.
 
 Nothing is replaced on faith. Every part is compared with the model's own before it is used; what is not known stays.
 """
@@ -26,7 +26,7 @@ from trivet.kernels.attention import attention
 from trivet.kernels.fused import fuses
 from trivet.kernels.gate import silu_gate
 from trivet.kernels.norm import layer_norm, rms_norm
-from trivet.kernels.product import linear, widens
+from trivet.kernels.product import improves, linear, widens
 from trivet.kernels.rotation import rotate
 
 #: What the attention is called in transformers' table.
@@ -48,8 +48,8 @@ def speed_up(model: Any) -> None:
             module.forward = types.MethodType(_gated, module)
         elif (own := _rotating(module)) is not None:
             module.forward = types.MethodType(own, module)
-        elif type(module) in (nn.Linear, Conv1D) and widens(module.weight) and _frozen(module):
-            module.forward = types.MethodType(widened_linear, module)
+        elif type(module) in (nn.Linear, Conv1D) and improves(module.weight) and _frozen(module):
+            module.forward = types.MethodType(frozen_linear, module)
         elif type(module) is nn.Dropout:
             module.forward = types.MethodType(dropout_layer, module)  # type: ignore[method-assign]
         elif calls_dropout(module):
@@ -134,7 +134,7 @@ def _frozen(module: nn.Module) -> bool:
     return not any(p.requires_grad for p in module.parameters(recurse=False))
 
 
-def widened_linear(self: Any, input: torch.Tensor) -> torch.Tensor:
+def frozen_linear(self: Any, input: torch.Tensor) -> torch.Tensor:
     """The forward pass of a linear layer that was replaced. A copy of it that learns has its own back."""
     if input.dtype != self.weight.dtype or not _frozen(self):
         return type(self).forward(self, input)

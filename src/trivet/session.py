@@ -12,6 +12,7 @@ import torch
 
 from trivet import processes
 from trivet.adapter.attach import attach
+from trivet.adapter.fast import make_fast
 from trivet.adapter.load import load_adapter, read_config, read_notes
 from trivet.adapter.validate import read_header
 from trivet.config import Config, TrainingConfig
@@ -20,6 +21,7 @@ from trivet.data.dataset import Dataset
 from trivet.data.encode import IGNORE, Encoded, LabelEncoder, TextEncoder, encode_dataset
 from trivet.errors import AdapterError, DataError
 from trivet.evaluate.measure import Evaluator, Settings
+from trivet.fast import speed_up
 from trivet.loss import training_loss
 from trivet.methods import find_method
 from trivet.model import Base, load_base
@@ -213,10 +215,12 @@ def reopen(
     dtype: str = "auto",
     device: str = "auto",
     load_in_4bit: bool | None = None,
+    fast: bool = True,
 ) -> Session:
     """Load a trained adapter (an adapter folder, or a run folder holding `adapter/`) on its base model.
 
     `dtype` auto takes the type that it was trained in, and `load_in_4bit` None the weights that it was trained on.
+    `fast` replaces the parts that training does, by ones that compute the same.
 
     Raises:
         ConfigError: there is no such folder.
@@ -243,6 +247,9 @@ def reopen(
         load_in_4bit=notes.get("load_in_4bit", False) if load_in_4bit is None else load_in_4bit,
     )
     model = load_adapter(base.model, folder)
+    if fast:
+        make_fast(model)
+        speed_up(base.model)
     data = notes.get("data") or {"max_length": 1024, "chat_template": "auto", "loss_on": "responses"}
     return Session(base, model, make_encoder(base, data), data)
 

@@ -101,7 +101,7 @@ def _open(artefact: Artefact, base: str | None, kind: torch.dtype) -> Session:
     """In float32; an adapter's base model is read in `kind`, as a model merged in that type began with it."""
     folder = artefact.folder
     if artefact.kind == "adapter":
-        session = reopen(folder, base_model=base, dtype=str(kind).removeprefix("torch."))
+        session = reopen(folder, base_model=base, dtype=str(kind).removeprefix("torch."), fast=False)
         session.model.float()
         return session
     config = read_json(folder / "config.json")

@@ -1,4 +1,4 @@
-"""Products of 16-bit tensors in float32: float64's result, rounded to the type once."""
+"""Products of 16-bit tensors in float32: float64's result, rounded to the type once. Those of few rows, turned."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trivet.adapter.fast import FastLinear
 from trivet.adapter.layers import adapted_layers
 from trivet.fast import speed_up
 from trivet.kernels import product
-from trivet.kernels.product import addmm_, linear, mm, multiplies, widens
+from trivet.kernels.product import addmm_, improves, linear, mm, multiplies, turns, widens
 from trivet.loss import training_loss
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -31,6 +31,17 @@ def unable(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor that multiplies no 16-bit type, whichever this one is."""
     monkeypatch.setattr(product, "multiplies", lambda dtype: dtype not in HALVES)
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+
+
+class Turned(TorchDispatchMode):
+    """The number of products whose right side is a few rows, transposed."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ == "mm":
+            self.count += args[1].stride(0) == 1 and args[1].shape[1] < args[0].shape[0]
+        return func(*args, **(kwargs or {}))
 
 
 def draw(*shape: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -72,6 +83,53 @@ def test_other_types_are_torchs_own(unable: None, dtype: torch.dtype) -> None:
     assert torch.equal(mm(a, b.T), a @ b.T)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("by_column", [True, False])
+@pytest.mark.parametrize("n", [1, 2, 3, 15, 16, 128, 129])
+def test_few_rows_are_turned(
+    unable: None, monkeypatch: pytest.MonkeyPatch, n: int, by_column: bool, dtype: Any
+) -> None:
+    monkeypatch.setattr(product, "turns", lambda: True)
+    a, bias = draw(n, 140, seed=1, dtype=dtype), draw(200, seed=3, dtype=dtype)
+    b = draw(200, 140, seed=2, dtype=dtype).T if by_column else draw(140, 200, seed=2, dtype=dtype)
+    with Turned() as products:
+        found = [mm(a, b), mm(a, b, bias), mm(a, b, bias, out=torch.empty(n, 200, dtype=dtype))]
+    own = dtype in HALVES and by_column and n < product._FEW
+    assert products.count == (3 if (2 if by_column else 16) <= n <= 128 and not own else 0)
+    for each, plus in zip(found, (0, bias.double(), bias.double()), strict=True):
+        assert each.is_contiguous() and each.dtype == dtype
+        error = torch.finfo(dtype).eps * (1 if own else 0.51)
+        torch.testing.assert_close(
+            each.double(), a.double() @ b.double() + plus, rtol=error, atol=2e-4 if not own else 0.1
+        )
+
+
+@pytest.mark.parametrize("shape", [(8, 140, 64), (8, 64, 140)])
+def test_a_narrow_product_is_not_turned(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int]) -> None:
+    """An adapter's factors: that was measured to be slower."""
+    monkeypatch.setattr(product, "turns", lambda: True)
+    n, k, m = shape
+    a, b = draw(n, k, seed=1, dtype=torch.float32), draw(m, k, seed=2, dtype=torch.float32).T
+    with Turned() as products:
+        assert torch.equal(mm(a, b), a @ b)
+        mm(draw(k, n, seed=1, dtype=torch.float32).T, b)  # nor one of a transpose, of which a gradient of A is made
+    assert products.count == 0
+
+
+def test_where_it_is_not_known_nothing_is_turned(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = draw(8, 140, seed=1, dtype=torch.float32), draw(140, 140, seed=2, dtype=torch.float32)
+    for capability in ("AVX2", "AVX512", "DEFAULT"):
+        able = capability == "AVX2" and torch.backends.mkl.is_available()
+        turns.cache_clear()
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert turns() == able == improves(a)
+        assert not improves(a.double()) and not improves(a.to("meta"))
+        with Turned() as products:
+            mm(a, b.T)
+        assert products.count == able
+    turns.cache_clear()
+
+
 def test_what_the_processor_can(monkeypatch: pytest.MonkeyPatch) -> None:
     for able, expected in (
         ({"amx_bf16": True}, [True, False]),
@@ -99,6 +157,7 @@ def test_a_frozen_layer_and_its_gradient(unable: None, shape: tuple[int, ...]) -
     exact = x.detach().double() @ weight.double().T + bias.double()
     torch.testing.assert_close(y.detach().double(), exact, rtol=2**-7, atol=2e-2)
     g = draw(*y.shape, seed=4)
+    linear(x, weight, bias).mul_(2)  # some layers add to a result in place
     check(torch.autograd.grad(y, x, g)[0], g.double() @ weight.double(), torch.bfloat16)
 
 

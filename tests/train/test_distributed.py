@@ -120,10 +120,12 @@ def port() -> int:
         return int(free.getsockname()[1])
 
 
-def launch(place: Path, *command: str, processes: int = 2, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`torchrun` with its words."""
+def launch(
+    place: Path, *command: str, processes: int = 2, patience: float = 0.1, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """`torchrun` with its words; it looks every so many seconds whether a process has failed, and then ends all."""
     run = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port()}"]
-    return start_and_wait(place, [*run, *command], **environment)
+    return start_and_wait(place, [*run, f"--monitor_interval={patience}", *command], **environment)
 
 
 def start_and_wait(place: Path, words: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
@@ -322,7 +324,8 @@ main()
 def with_fault(place: Path, rank: int, step: int, fault: str, *words: str) -> str:
     """The error that is shown when process `rank` of two is killed, or raises, after `step`."""
     (place / "fault.py").write_text(FAULT)
-    done = launch(place, "fault.py", str(rank), str(step), fault, "train", *words)
+    # the other process is given time to say what it saw
+    done = launch(place, "fault.py", str(rank), str(step), fault, "train", *words, patience=3)
     assert done.returncode == 1 and len(errors(done)) == 1, done.stderr
     return errors(done)[0]
 

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from trivet.adapter import fast_gpu
-from trivet.fast import widened_linear
+from trivet.fast import frozen_linear
 from trivet.four_bit import FourBitLinear
 from trivet.kernels.dropout import dropped
 from trivet.kernels.heap import empty
@@ -83,7 +83,7 @@ _BASES = {nn.Linear: "weight", Conv1D: "weight", FourBitLinear: "like"}
 def _replaced(base: nn.Module) -> bool:
     """Whether somebody else has given the layer a forward pass of its own."""
     forward = vars(base).get("forward")
-    return forward is not None and getattr(forward, "__func__", None) is not widened_linear
+    return forward is not None and getattr(forward, "__func__", None) is not frozen_linear
 
 
 def make_fast(model: nn.Module) -> None:

@@ -25,10 +25,12 @@ def generate(
     top_p: float = 1.0,
     streamer: Any = None,
     progress: Callable[[int], None] | None = None,
+    read: Callable[[list[int], int], dict[str, Any]] | None = None,
 ) -> list[str]:
     """Continue each prompt (token ids) until a stop token or `max_new_tokens`; greedy at temperature 0.
 
-    An answer also ends at the last position that the model knows.
+    An answer also ends at the last position that the model knows. `read` has the model read prompts in its own way: of
+    those that make a batch, padded to a length, it gives what `model.generate` takes in place of reading them.
 
     Returns the new text only, special tokens left out, in the order of `prompts`.
     """
@@ -62,7 +64,8 @@ def generate(
             batch = to_device(collate([Encoded(input_ids=prompts[i]) for i in indices]), model.device)
             taken = 1 if seq2seq else len(prompts[indices[0]])
             settings.max_new_tokens = min(max_new_tokens, positions - taken)
-            out = model.generate(**batch, generation_config=settings, streamer=streamer)
+            known = read(indices, batch["input_ids"].shape[1]) if read is not None else {}
+            out = model.generate(**batch, **known, generation_config=settings, streamer=streamer)
             new = out if seq2seq else out[:, batch["input_ids"].shape[1] :]
             for index, text in zip(indices, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
                 answers[index] = text.strip()

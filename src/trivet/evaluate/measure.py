@@ -12,7 +12,7 @@ import numpy as np
 
 from trivet.data.batch import Collator
 from trivet.data.dataset import Dataset
-from trivet.data.encode import Encoded, LabelEncoder, TextEncoder, encode_dataset, references
+from trivet.data.encode import LabelEncoder, TextEncoder, encode_dataset, references
 from trivet.evaluate.compare import Comparison, compare
 from trivet.evaluate.generate import generate
 from trivet.evaluate.metrics import (
@@ -23,7 +23,8 @@ from trivet.evaluate.metrics import (
     number_match,
     regression_metrics,
 )
-from trivet.evaluate.score import head_scores, likelihood, without_ending
+from trivet.evaluate.reading import begin_with, read, reads_once, score_endings
+from trivet.evaluate.score import Scorer, batches, head_scores, likelihood, without_ending
 
 
 @dataclass(frozen=True)
@@ -98,31 +99,45 @@ class Evaluator:
         """Metrics of `model` as it is now."""
         if isinstance(self.encoder, LabelEncoder):
             return self._measure_head(model)
-        size = self.settings.batch_size
-        scored = likelihood(model, self.rows, self.collator, task=self.task, batch_size=size)
+        scorer = Scorer(model, self.rows, self.collator, self.task)
+        choosing = self.dataset.format == "multiple-choice"
+        picked = self._choose(model, self.encoder, scorer) if choosing else []
+        texts = self._answers(model, self.encoder, scorer, progress) if self.asked else []
+        scored = scorer.finish(self.settings.batch_size)
         groups = [likelihood_metrics(scored.nll, scored.tokens, scored.correct)]  # type: ignore[arg-type]
-        if self.dataset.format == "multiple-choice":
-            picked = self._choose(model, self.encoder)
+        if choosing:
             groups.append(choice_metrics([p == e.answer for p, e in zip(picked, self.dataset, strict=True)]))
             texts = [e.choices[p] for p, e in zip(picked, self.dataset, strict=True)]
             return Side(groups, texts)
         if not self.asked:
             return Side(groups)
-        texts = generate(
-            model,
-            self.encoder.tokenizer,
-            [self.encoder.prompt_ids(e, self.settings.max_new_tokens) for e in self.asked],
-            stop_ids=self.encoder.stop_ids(),
-            max_new_tokens=self.settings.max_new_tokens,
-            batch_size=size,
-            progress=progress,
-        )
         from trivet.evaluate.text_metrics import text_metrics
 
         written = text_metrics(texts, [list(references(e)) for e in self.asked])
         if all(e.number is not None for e in self.asked):
             written.append(number_match(texts, [str(e.number) for e in self.asked]))
         return Side([*groups, written], texts)
+
+    def _answers(
+        self, model: Any, encoder: TextEncoder, scorer: Scorer, progress: Callable[[int], None] | None
+    ) -> list[str]:
+        """What the model writes; where it can go on from rows that it has scored, it reads each prompt only once."""
+        new = self.settings.max_new_tokens
+        prompts = [encoder.prompt_ids(example, new) for example in self.asked]
+
+        def go_on(indices: list[int], room: int) -> dict[str, Any]:
+            return read(scorer, indices, [len(prompts[i]) for i in indices], room)
+
+        return generate(
+            model,
+            encoder.tokenizer,
+            prompts,
+            stop_ids=encoder.stop_ids(),
+            max_new_tokens=new,
+            batch_size=self.settings.batch_size,
+            progress=progress,
+            read=go_on if self._single and reads_once(model) and begin_with(self.rows, prompts) else None,
+        )
 
     def _measure_head(self, model: Any) -> Side:
         scores = head_scores(model, self.rows, self.collator, batch_size=self.settings.batch_size)
@@ -138,23 +153,41 @@ class Evaluator:
         metrics = [loss, *classification_metrics(picked.tolist(), gold.tolist(), len(names))]
         return Side([metrics], [names[i] for i in picked])
 
-    def _choose(self, model: Any, encoder: TextEncoder) -> list[int]:
-        """The choice with the highest log-likelihood per UTF-8 byte (lm-evaluation-harness's acc_norm)."""
-        rows: list[Encoded] = []
+    @property
+    def _single(self) -> bool:
+        """Whether each example made one row."""
+        return self.summary.origins == [example.origin for example in self.dataset]
+
+    def _choose(self, model: Any, encoder: TextEncoder, scorer: Scorer) -> list[int]:
+        """The choice with the highest log-likelihood per UTF-8 byte (lm-evaluation-harness's acc_norm).
+
+        Where it can be, a prompt is read once for all of its choices, together with the row that is scored anyway.
+        """
         encoder = copy.copy(encoder)
         encoder.loss_on = "responses"  # the prompt is the same for every choice, whatever is trained on
-        for example in self.dataset:
-            for choice in example.choices:
-                encoded, _ = encoder.encode(replace(example, completion=choice))
-                rows.append(without_ending(encoded[0]))
-        scored = likelihood(model, rows, self.collator, task=self.task, batch_size=self.settings.batch_size)
-        picked, first = [], 0
-        for example in self.dataset:
-            lengths = np.array([len(choice.encode()) for choice in example.choices])
-            per_byte = -scored.nll[first : first + len(lengths)] / lengths
-            picked.append(int(per_byte.argmax()))
-            first += len(lengths)
-        return picked
+        choices = [
+            [without_ending(encoder.encode(replace(example, completion=choice))[0][0]) for choice in example.choices]
+            for example in self.dataset
+        ]
+        prompts, size = [encoder.prompt_ids(example) for example in self.dataset], self.settings.batch_size
+        once = self._single and reads_once(model) and begin_with(self.rows, prompts)
+        if once and all(begin_with(rows, [p] * len(rows)) for p, rows in zip(prompts, choices, strict=True)):
+            nll: list[np.ndarray] = [np.zeros(0)] * len(choices)
+            was_training = model.training
+            model.eval()
+            for batch in batches(self.rows, max(1, size // max(map(len, choices)))):
+                lengths, others = [len(prompts[i]) for i in batch], [choices[i] for i in batch]
+                for i, found in zip(batch, score_endings(scorer, batch, lengths, others), strict=True):
+                    nll[i] = found
+            model.train(was_training)
+        else:
+            rows = [row for each in choices for row in each]
+            found = likelihood(model, rows, self.collator, task=self.task, batch_size=size).nll
+            nll = np.split(found, np.cumsum([len(each) for each in choices])[:-1])
+        return [
+            int((-losses / np.array([len(choice.encode()) for choice in example.choices])).argmax())
+            for losses, example in zip(nll, self.dataset, strict=True)
+        ]
 
     def side_by_side(self, model: Any, progress: Callable[[int], None] | None = None) -> Evaluation:
         """Measure `model` (a PeftModel) with its adapter off (base) and on (tuned), on the same examples."""

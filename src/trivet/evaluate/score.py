@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,28 +23,47 @@ class Likelihood:
     correct: np.ndarray
 
 
-def _batches(rows: Sequence[Encoded], size: int) -> Iterator[list[int]]:
+def batches(rows: Sequence[Encoded], size: int) -> Iterator[list[int]]:
     """Row indices, longest rows first: little padding, and memory trouble shows at once."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     for start in range(0, len(order), size):
         yield order[start : start + size]
 
 
-@torch.inference_mode()
-def likelihood(model: Any, rows: Sequence[Encoded], collator: Collator, *, task: str, batch_size: int) -> Likelihood:
-    """Score the supervised tokens of `rows` (causal-lm or seq2seq); the model's training mode is left as it was."""
-    out = np.zeros((3, len(rows)))
-    was_training = model.training
-    model.eval()
-    for indices in _batches(rows, batch_size):
-        batch = to_device(collator([rows[i] for i in indices]), model.device)
+class Scorer:
+    """Scores the supervised tokens of `rows` (causal-lm or seq2seq), each row once."""
+
+    def __init__(self, model: Any, rows: Sequence[Encoded], collator: Collator, task: str) -> None:
+        self.model, self.rows, self.collator, self.task = model, rows, collator, task
+        self.left = set(range(len(rows)))
+        self.out = np.zeros((3, len(rows)))
+
+    @torch.inference_mode()
+    def score(self, indices: Sequence[int], prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> None:
+        """Score a batch, with the model as it is; `prepare` is given its inputs, and says what the model takes."""
+        batch = to_device(self.collator([self.rows[i] for i in indices]), self.model.device)
         labels = batch.pop("labels")
-        losses, right, row = token_losses(model, batch, labels, shifted=task == "causal-lm")
+        inputs = batch if prepare is None else prepare(batch)
+        losses, right, row = token_losses(self.model, inputs, labels, shifted=self.task == "causal-lm")
         for slot, values in enumerate((losses.double(), torch.ones_like(losses), right)):
             sums = torch.zeros(len(indices), dtype=torch.float64, device=losses.device)
-            out[slot, indices] = sums.index_add_(0, row, values.double()).cpu().numpy()
-    model.train(was_training)
-    return Likelihood(out[0], out[1].astype(int), out[2].astype(int))
+            self.out[slot, indices] = sums.index_add_(0, row, values.double()).cpu().numpy()
+        self.left -= set(indices)
+
+    def finish(self, batch_size: int) -> Likelihood:
+        """Score what is left; the model's training mode is left as it was."""
+        was_training = self.model.training
+        self.model.eval()
+        left = sorted(self.left)
+        for places in batches([self.rows[i] for i in left], batch_size):
+            self.score([left[place] for place in places])
+        self.model.train(was_training)
+        return Likelihood(self.out[0], self.out[1].astype(int), self.out[2].astype(int))
+
+
+def likelihood(model: Any, rows: Sequence[Encoded], collator: Collator, *, task: str, batch_size: int) -> Likelihood:
+    """Score the supervised tokens of `rows` (causal-lm or seq2seq); the model's training mode is left as it was."""
+    return Scorer(model, rows, collator, task).finish(batch_size)
 
 
 @torch.inference_mode()
@@ -53,7 +72,7 @@ def head_scores(model: Any, rows: Sequence[Encoded], collator: Collator, *, batc
     out: np.ndarray | None = None
     was_training = model.training
     model.eval()
-    for indices in _batches(rows, batch_size):
+    for indices in batches(rows, batch_size):
         batch = to_device(collator([rows[i] for i in indices]), model.device)
         batch.pop("labels", None)
         scores = model(**batch).logits.double().cpu().numpy()
