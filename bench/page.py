@@ -9,6 +9,7 @@ from pathlib import Path
 
 import auto
 import cuts
+import evaluation
 import four_bit
 import order
 import pareto
@@ -82,10 +83,12 @@ def speed_lines(name: str = "speed") -> list[dict]:
 
 
 def speeds() -> str:
-    """The tables of both kinds of processor, and of a GPU."""
+    """The tables of both kinds of processor, of a GPU, and of evaluation."""
     parts = [speed_table(speed_lines())]
     parts += ["### Without bfloat16 instructions", speed_table(speed_lines("speed_avx2"))]
     parts += ["### On a GPU", speed_table(speed_lines("speed_gpu"))]
+    if evaluation.RESULTS.exists():
+        parts += ["### Evaluation", evaluation.table(lines(evaluation.RESULTS))]
     return "\n" + "\n\n".join(parts) + "\n"
 
 
