@@ -16,6 +16,7 @@ from peft import PeftModel
 import trivet
 from conftest import CORPUS, bpe_tokenizer, colour_rows, save_tiny, tiny_model, write_jsonl
 from trivet import LoRAModel, load_dataset
+from trivet.adapter.fast import FastLinear
 from trivet.errors import AdapterError, ConfigError, ModelError, RunExistsError
 
 #: Enough to learn the colours (see tests/train/test_learning.py).
@@ -81,6 +82,9 @@ def test_tuned_it_answers_and_so_does_the_saved_and_the_merged_model(place: Path
         again = LoRAModel.load(source, **CPU)
         assert again.generate(asked) == answers
         assert isinstance(again.model, PeftModel) and again.config.model.name == "gpt2"
+    for fast in (True, False):
+        kinds = {type(module) for module in LoRAModel.load("saved", fast=fast, **CPU).model.modules()}
+        assert (FastLinear in kinds) == fast
 
     measured = model.evaluate(colour_rows(3), resamples=10)
     assert measured["metrics"]["tuned"]["exact_match"] == 1.0 and measured["n"]["exact_match"] == 3

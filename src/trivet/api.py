@@ -186,7 +186,13 @@ class LoRAModel:
     def load(cls, folder: str | Path, *, base_model: str | None = None, **settings: Any) -> LoRAModel:
         """Open a saved adapter or a run folder; `base_model` where the adapter does not say which it belongs to."""
         config = _configured(None, settings)
-        session = reopen(Path(folder), base_model=base_model, dtype=config.model.dtype, device=config.model.device)
+        session = reopen(
+            Path(folder),
+            base_model=base_model,
+            dtype=config.model.dtype,
+            device=config.model.device,
+            fast=config.training.fast,
+        )
         loaded = cls.__new__(cls)
         loaded.config = replace(config, model=replace(config.model, name=session.base.name))
         loaded._session, loaded._merged = session, False
