@@ -13,13 +13,14 @@ help:
 	@echo "make audit       look the pinned requirements up in a database of known vulnerabilities (needs one in reach)"
 	@echo "make bench       time training steps beside PEFT and TRL (DATA=folder for real rows; keep the machine idle)"
 
+# --no-compile: of 15,000 files a few thousand are ever imported, and are compiled then.
 $(VENV)/.runtime: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
 quickstart: $(VENV)/.runtime

@@ -179,6 +179,7 @@ def test_driver_compares_a_base_in_4_bits(tmp_path: Path) -> None:
     assert four["frozen"] == whole["frozen"]
 
 
+@pytest.mark.slow
 def test_driver_runs_our_trainer_on_rows(tmp_path: Path, tiny: Any) -> None:
     rows = [{"text": f"the {name} is blue", "label": name} for name in ("sky", "house") for _ in range(8)]
     write_jsonl(tmp_path / "cls_trec_train.jsonl", rows)

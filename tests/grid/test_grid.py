@@ -1,7 +1,7 @@
 """The grid: every decomposition x rank policy x update rule trains, is saved, and loads in plain PEFT.
 
-A tiny model learns four short rows. What can't be combined says why. `make test` takes a third of them, in which
-every two choices meet; `make test-slow` takes the others.
+A tiny model learns four short rows. What can't be combined says why. `make test` takes a few of them, in which every
+two choices meet; `make test-slow` takes the others.
 """
 
 from __future__ import annotations
@@ -47,8 +47,6 @@ RATES = {"muon": 0.1, "adamw": 0.03, "lora_plus": 0.005}
 CORES = ("core", "cur", "tensor_cur")
 LEGS = (PARTS["decompose"], PARTS["rank"], PARTS["update"])
 COMBINATIONS = list(itertools.product(*LEGS))
-#: A Latin square of order 3: whatever two choices are made, one of every three third ones is here.
-QUICK = [c for c in COMBINATIONS if sum(list(leg).index(name) for leg, name in zip(LEGS, c, strict=True)) % 3 == 0]
 
 
 @functools.cache
@@ -62,8 +60,35 @@ def fresh() -> Any:
     return model
 
 
+def allowed(combination: tuple[str, ...]) -> bool:
+    try:
+        find_method(method_of(*combination))
+    except ConfigError:
+        return False
+    return True
+
+
+def pairs(combination: tuple[str, ...]) -> set[Any]:
+    """Every two choices of three, each with its leg."""
+    return set(itertools.combinations(enumerate(combination), 2))
+
+
+def covering(combinations: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """A few combinations in which every two choices meet that meet in any: each the one with the most new pairs."""
+    chosen, left = [], set().union(*map(pairs, combinations))
+    while left:
+        chosen.append(max(combinations, key=lambda c: len(pairs(c) & left)))
+        left -= pairs(chosen[-1])
+    return chosen
+
+
 def method_of(decompose: str, rank: str, update: str) -> dict[str, Any]:
     return {"decompose": decompose, "rank": {"name": rank, **OPTIONS.get(rank, {})}, "update": update}
+
+
+#: What `make test` takes: also every two choices that are refused, once.
+QUICK = covering([c for c in COMBINATIONS if allowed(c)])
+QUICK += [c for c in COMBINATIONS if not allowed(c) and c[2] == "adamw"]
 
 
 @torch.no_grad()
@@ -122,17 +147,13 @@ def test_every_combination(decompose: str, rank: str, update: str, tmp_path: Pat
 
 
 def test_every_two_choices_meet_in_make_test() -> None:
-    for first, second in itertools.combinations(range(3), 2):
-        assert {(c[first], c[second]) for c in QUICK} == set(itertools.product(LEGS[first], LEGS[second]))
+    possible = {pair for c in COMBINATIONS if allowed(c) for pair in pairs(c)}
+    trained = [c for c in QUICK if allowed(c)]
+    assert {pair for c in trained for pair in pairs(c)} == possible and len(trained) < 80
 
 
 def test_what_can_not_be_combined_is_what_we_think() -> None:
-    refused = set()
-    for decompose, rank, update in COMBINATIONS:
-        try:
-            find_method(method_of(decompose, rank, update))
-        except ConfigError:
-            refused.add((decompose, rank))
+    refused = {(decompose, rank) for decompose, rank, update in COMBINATIONS if not allowed((decompose, rank, update))}
     moving = {"planned", "squeeze", "grow", "auto", "uniform_squeeze", "adalora"}
     assert refused == (
         {("dora", rank) for rank in moving}
