@@ -13,14 +13,13 @@ help:
 	@echo "make audit       look the pinned requirements up in a database of known vulnerabilities (needs one in reach)"
 	@echo "make bench       time training steps beside PEFT and TRL (DATA=folder for real rows; keep the machine idle)"
 
-# --no-compile: of 15,000 files a few thousand are ever imported, and are compiled then.
 $(VENV)/.runtime: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
 quickstart: $(VENV)/.runtime
@@ -32,9 +31,10 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Two processes of one thread each: two of two threads wait for each other.
+# Two processes of one thread each: two of two threads wait for each other. Those that tests start need not compile
+# trivet anew, whatever the environment says.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "slow and not gpu"
