@@ -17,6 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from quality_table import append, lines
 from versions import processor, versions
 
 from trivet.adapter.layers import adapted_layers
@@ -47,14 +48,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     arguments = parser.parse_args()
     if arguments.table:
-        print(table([json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]))
+        print(table(lines(RESULTS)))
         return
     if arguments.data is None:
         parser.error("--data is needed: the folder of the task files")
     for name in arguments.workloads:
         row = run(name, arguments)
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append(RESULTS, row)
         print(json.dumps(row), flush=True)
 
 
@@ -73,7 +73,7 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
             if fast:
                 found[fast] = evaluator.measure(sides[fast].model)
             else:
-                with patch.object(measure, "reads_once", lambda model: False):
+                with patch.object(measure, "reads_once", lambda *_: False):
                     found[fast] = evaluator.measure(sides[fast].model)
             if turn:  # the first one meets new tensor shapes
                 seconds[fast].append(time.perf_counter() - start)
@@ -105,7 +105,7 @@ def opened(rows: Any, arguments: argparse.Namespace, fast: bool) -> Session:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The recorded lines as Markdown."""
-    lines = [
+    out = [
         "| rows | type | trivet, s | libraries, s | times as fast | the same outputs | processor |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
@@ -113,11 +113,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         ours, theirs = (median(row["seconds"][side]) for side in ("trivet", "libraries"))
         low, high = row["quartiles"]
         name = f"{row['rows']} of {WORKLOADS[row['workload']][1]}"
-        lines.append(
+        out.append(
             f"| {name} | {row['dtype']} | {ours:.1f} | {theirs:.1f} | {row['ratio']:.2f} [{low:.2f}, {high:.2f}] "
             f"| {row['same_outputs']:.0%} | {row['processor']} |"
         )
-    return "\n".join(lines)
+    return "\n".join(out)
 
 
 if __name__ == "__main__":

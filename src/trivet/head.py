@@ -36,7 +36,7 @@ def supervised_losses(
     Returns:
         losses in nats (n,) float32, and whether the target was the likeliest token (n,) bool.
     """
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     layer = inner.get_output_embeddings()
     if layer is None:
         return _plain(model(**batch).logits[chosen], targets, z_loss)
@@ -60,7 +60,7 @@ def _plain(logits: torch.Tensor, targets: torch.Tensor, z_loss: float) -> tuple[
     return losses, scores.argmax(-1) == targets
 
 
-def _unwrapped(model: Any) -> Any:
+def unwrapped(model: Any) -> Any:
     """The transformers model inside."""
     while isinstance(inner := getattr(model, "module", None), nn.Module):
         model = inner

@@ -85,7 +85,7 @@ def test_one_reading_gives_the_same(
     for how in (session.model.disable_adapter, torch.no_grad):  # without its adapter, and with it
         with how():
             once, fewer = read(evaluator, session.model)
-            monkeypatch.setattr(measure, "reads_once", lambda model: False)
+            monkeypatch.setattr(measure, "reads_once", lambda *_: False)
             twice, tokens = read(evaluator, session.model)
             monkeypatch.undo()
         assert len(set(once.outputs)) > 1, "a model that always writes the same shows nothing"
@@ -103,7 +103,7 @@ def test_rows_that_are_only_scored_or_cut_are_measured_as_before(
     session = session_on(tiny("llama"), data, **{"data.max_length": 128})
     evaluator = session.evaluator(data, Settings(**{"batch_size": 2, "max_new_tokens": 6, "resamples": 10, **rest}))
     once = evaluator.measure(session.model)
-    monkeypatch.setattr(measure, "reads_once", lambda model: False)
+    monkeypatch.setattr(measure, "reads_once", lambda *_: False)
     check_same(once, evaluator.measure(session.model), 1e-4)
 
 
@@ -117,7 +117,7 @@ def test_a_prompt_is_read_once_for_all_its_choices(tmp_path: Path, monkeypatch: 
     evaluator = session.evaluator(data, Settings(batch_size=11, resamples=10))
     with read_by_choices(monkeypatch) as found:
         once, fewer = read(evaluator, session.model)
-    monkeypatch.setattr(measure, "reads_once", lambda model: False)
+    monkeypatch.setattr(measure, "reads_once", lambda *_: False)
     twice, tokens = read(evaluator, session.model)
     check_same(once, twice, 1e-4)
     assert fewer < 0.8 * tokens
@@ -154,7 +154,22 @@ def test_choices_without_a_common_prompt_are_scored_one_by_one(tiny: Any, monkey
     with read_by_choices(monkeypatch) as found:
         once = evaluator.measure(session.model)
     assert not found
-    monkeypatch.setattr(measure, "reads_once", lambda model: False)
+    monkeypatch.setattr(measure, "reads_once", lambda *_: False)
+    check_same(once, evaluator.measure(session.model), 1e-4)
+
+
+def test_an_encoder_decoder_goes_on_from_the_prompt_and_nothing_more(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt that repeats itself begins like its row when it is cut, but an encoder sees all of a row."""
+    data = load_dataset([{"prompt": "a" * 90, "completion": "blue"}, *ROWS])
+    session = session_on(tiny("t5"), data, **{"data.max_length": 128})
+    evaluator = session.evaluator(data, Settings(batch_size=2, max_new_tokens=60, resamples=10))
+    cut, row = evaluator.encoder.prompt_ids(data[0], 60), evaluator.rows[0]["input_ids"]  # type: ignore[union-attr]
+    assert len(cut) < len(row) and reads_once(session.model, [{"input_ids": cut}], [cut])
+    assert not reads_once(session.model, [evaluator.rows[0]], [cut])
+    once = evaluator.measure(session.model)
+    monkeypatch.setattr(measure, "reads_once", lambda *_: False)
     check_same(once, evaluator.measure(session.model), 1e-4)
 
 
@@ -197,7 +212,7 @@ def mistral(window: int | None) -> Any:
     ids=["gpt2", "llama", "linear", "dynamic", "mistral", "window", "alibi", "states", "t5"],
 )
 def test_whose_cache_can_be_moved(model: Any, able: bool) -> None:
-    assert reads_once(model()) == able
+    assert reads_once(model(), [], []) == able
 
 
 def entries(numbers: Sequence[Sequence[int]]) -> torch.Tensor:

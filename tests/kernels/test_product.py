@@ -89,7 +89,7 @@ def test_other_types_are_torchs_own(unable: None, dtype: torch.dtype) -> None:
 def test_few_rows_are_turned(
     unable: None, monkeypatch: pytest.MonkeyPatch, n: int, by_column: bool, dtype: Any
 ) -> None:
-    monkeypatch.setattr(product, "turns", lambda: True)
+    monkeypatch.setattr(product, "turns", lambda x: x.dtype == torch.float32)
     a, bias = draw(n, 140, seed=1, dtype=dtype), draw(200, seed=3, dtype=dtype)
     b = draw(200, 140, seed=2, dtype=dtype).T if by_column else draw(140, 200, seed=2, dtype=dtype)
     with Turned() as products:
@@ -107,7 +107,7 @@ def test_few_rows_are_turned(
 @pytest.mark.parametrize("shape", [(8, 140, 64), (8, 64, 140)])
 def test_a_narrow_product_is_not_turned(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int]) -> None:
     """An adapter's factors: that was measured to be slower."""
-    monkeypatch.setattr(product, "turns", lambda: True)
+    monkeypatch.setattr(product, "turns", lambda x: x.dtype == torch.float32)
     n, k, m = shape
     a, b = draw(n, k, seed=1, dtype=torch.float32), draw(m, k, seed=2, dtype=torch.float32).T
     with Turned() as products:
@@ -120,14 +120,12 @@ def test_where_it_is_not_known_nothing_is_turned(monkeypatch: pytest.MonkeyPatch
     a, b = draw(8, 140, seed=1, dtype=torch.float32), draw(140, 140, seed=2, dtype=torch.float32)
     for capability in ("AVX2", "AVX512", "DEFAULT"):
         able = capability == "AVX2" and torch.backends.mkl.is_available()
-        turns.cache_clear()
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
-        assert turns() == able == improves(a)
+        assert turns(a) == able == improves(a)
         assert not improves(a.double()) and not improves(a.to("meta"))
         with Turned() as products:
             mm(a, b.T)
         assert products.count == able
-    turns.cache_clear()
 
 
 def test_what_the_processor_can(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,8 @@ import torch
 
 from trivet.data.batch import Collator, to_device
 from trivet.data.encode import Encoded
+from trivet.evaluate.score import batches, evaluating
+from trivet.head import unwrapped
 
 
 @torch.inference_mode()
@@ -37,7 +39,7 @@ def generate(
     from transformers import GenerationConfig
 
     seq2seq = bool(model.config.is_encoder_decoder)
-    holder = model.get_base_model() if hasattr(model, "get_base_model") else model
+    holder = unwrapped(model)
     own = holder.generation_config
     start = getattr(own, "decoder_start_token_id", None) if seq2seq else None
     settings = GenerationConfig(
@@ -53,25 +55,22 @@ def generate(
     positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     collate = Collator(tokenizer.pad_token_id, side="right" if seq2seq else "left")
     answers = [""] * len(prompts)
-    was_training = model.training
-    model.eval()
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    rows = [Encoded(input_ids=prompt) for prompt in prompts]
     # In place of the checkpoint's own settings (beams, penalties, lengths), which transformers would mix in.
     holder.generation_config = settings
     try:
-        for first in range(0, len(order), batch_size):
-            indices = order[first : first + batch_size]
-            batch = to_device(collate([Encoded(input_ids=prompts[i]) for i in indices]), model.device)
-            taken = 1 if seq2seq else len(prompts[indices[0]])
-            settings.max_new_tokens = min(max_new_tokens, positions - taken)
-            known = read(indices, batch["input_ids"].shape[1]) if read is not None else {}
-            out = model.generate(**batch, **known, generation_config=settings, streamer=streamer)
-            new = out if seq2seq else out[:, batch["input_ids"].shape[1] :]
-            for index, text in zip(indices, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-                answers[index] = text.strip()
-            if progress is not None:
-                progress(len(indices))
+        with evaluating(model):
+            for indices in batches(rows, batch_size):
+                batch = to_device(collate([rows[i] for i in indices]), model.device)
+                taken = 1 if seq2seq else len(prompts[indices[0]])
+                settings.max_new_tokens = min(max_new_tokens, positions - taken)
+                known = read(indices, batch["input_ids"].shape[1]) if read is not None else {}
+                out = model.generate(**batch, **known, generation_config=settings, streamer=streamer)
+                new = out if seq2seq else out[:, batch["input_ids"].shape[1] :]
+                for index, text in zip(indices, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+                    answers[index] = text.strip()
+                if progress is not None:
+                    progress(len(indices))
     finally:
         holder.generation_config = own
-        model.train(was_training)
     return answers

@@ -23,8 +23,8 @@ from trivet.evaluate.metrics import (
     number_match,
     regression_metrics,
 )
-from trivet.evaluate.reading import begin_with, read, reads_once, score_endings
-from trivet.evaluate.score import Scorer, batches, head_scores, likelihood, without_ending
+from trivet.evaluate.reading import read, reads_once, score_endings
+from trivet.evaluate.score import Scorer, batches, evaluating, head_scores, likelihood, without_ending
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Evaluator:
             max_new_tokens=new,
             batch_size=self.settings.batch_size,
             progress=progress,
-            read=go_on if self._single and reads_once(model) and begin_with(self.rows, prompts) else None,
+            read=go_on if self._single and reads_once(model, self.rows[: len(prompts)], prompts) else None,
         )
 
     def _measure_head(self, model: Any) -> Side:
@@ -170,18 +170,16 @@ class Evaluator:
             for example in self.dataset
         ]
         prompts, size = [encoder.prompt_ids(example) for example in self.dataset], self.settings.batch_size
-        once = self._single and reads_once(model) and begin_with(self.rows, prompts)
-        if once and all(begin_with(rows, [p] * len(rows)) for p, rows in zip(prompts, choices, strict=True)):
+        rows = [row for each in choices for row in each]
+        asked = [prompt for prompt, each in zip(prompts, choices, strict=True) for _ in each]
+        if self._single and reads_once(model, [*self.rows, *rows], [*prompts, *asked]):
             nll: list[np.ndarray] = [np.zeros(0)] * len(choices)
-            was_training = model.training
-            model.eval()
-            for batch in batches(self.rows, max(1, size // max(map(len, choices)))):
-                lengths, others = [len(prompts[i]) for i in batch], [choices[i] for i in batch]
-                for i, found in zip(batch, score_endings(scorer, batch, lengths, others), strict=True):
-                    nll[i] = found
-            model.train(was_training)
+            with evaluating(model):
+                for batch in batches(self.rows, max(1, size // max(map(len, choices)))):
+                    lengths, others = [len(prompts[i]) for i in batch], [choices[i] for i in batch]
+                    for i, found in zip(batch, score_endings(scorer, batch, lengths, others), strict=True):
+                        nll[i] = found
         else:
-            rows = [row for each in choices for row in each]
             found = likelihood(model, rows, self.collator, task=self.task, batch_size=size).nll
             nll = np.split(found, np.cumsum([len(each) for each in choices])[:-1])
         return [

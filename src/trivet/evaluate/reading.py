@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,19 +15,20 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from trivet.data.encode import Encoded
 from trivet.evaluate.score import Scorer
+from trivet.head import unwrapped
 
 #: Rotary positions that are turned otherwise in longer texts: what was kept while reading an answer would not fit.
 _BY_LENGTH = ("dynamic", "longrope")
 
 
-def reads_once(model: Any) -> bool:
-    """Whether answers of `model` can go on from what it keeps of a row that it has scored."""
-    return bool(model.config.is_encoder_decoder) or _new_cache(model) is not None
+def reads_once(model: Any, rows: Sequence[Encoded], prompts: Sequence[list[int]]) -> bool:
+    """Whether answers to `prompts` can go on from what `model` keeps of `rows`, one each, that it has scored.
 
-
-def begin_with(rows: Sequence[Encoded], prompts: Sequence[list[int]]) -> bool:
-    """Whether the first rows begin with the prompts, one each."""
-    return all(row["input_ids"][: len(prompt)] == prompt for row, prompt in zip(rows, prompts, strict=False))
+    A row has to begin with its prompt. An encoder sees all of it at each token, so there it has to be no longer.
+    """
+    whole = bool(model.config.is_encoder_decoder)
+    begin = (row["input_ids"][: None if whole else len(prompt)] for row, prompt in zip(rows, prompts, strict=True))
+    return (whole or _new_cache(model) is not None) and all(map(operator.eq, begin, prompts))
 
 
 def read(scorer: Scorer, indices: Sequence[int], lengths: Sequence[int], room: int) -> dict[str, Any]:
@@ -47,7 +49,7 @@ def read(scorer: Scorer, indices: Sequence[int], lengths: Sequence[int], room: i
         scorer.score(indices, lambda batch: {**batch, "past_key_values": cache, "use_cache": True})
         _move_to_end(cache, [length - 1 for length in lengths], room - 1)
         return held
-    encode = _inner(scorer.model).get_encoder()
+    encode = unwrapped(scorer.model).get_encoder()
 
     def encoded(batch: dict[str, Any]) -> dict[str, Any]:
         prompt = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -102,17 +104,13 @@ def score_endings(
     return np.split(found.out[0], np.cumsum([len(rows) for rows in others])[:-1])
 
 
-def _inner(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _new_cache(model: Any) -> DynamicCache | None:
     """An empty cache for a key and a value of every token in every layer; None for models that keep other things.
 
     Those look back through windows or keep states, or don't take a token's position as an argument, so that what they
     have kept of a padded batch could not be moved.
     """
-    inner = _inner(model)
+    inner = unwrapped(model)
     config = inner.config.get_text_config(decoder=True)
     if not {"past_key_values", "position_ids"} <= inspect.signature(inner.forward).parameters.keys():
         return None

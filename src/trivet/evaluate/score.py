@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,17 @@ def batches(rows: Sequence[Encoded], size: int) -> Iterator[list[int]]:
         yield order[start : start + size]
 
 
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """With `model` in evaluation mode; its training mode is as before afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 class Scorer:
     """Scores the supervised tokens of `rows` (causal-lm or seq2seq), each row once."""
 
@@ -52,12 +64,10 @@ class Scorer:
 
     def finish(self, batch_size: int) -> Likelihood:
         """Score what is left; the model's training mode is left as it was."""
-        was_training = self.model.training
-        self.model.eval()
         left = sorted(self.left)
-        for places in batches([self.rows[i] for i in left], batch_size):
-            self.score([left[place] for place in places])
-        self.model.train(was_training)
+        with evaluating(self.model):
+            for places in batches([self.rows[i] for i in left], batch_size):
+                self.score([left[place] for place in places])
         return Likelihood(self.out[0], self.out[1].astype(int), self.out[2].astype(int))
 
 
@@ -70,15 +80,13 @@ def likelihood(model: Any, rows: Sequence[Encoded], collator: Collator, *, task:
 def head_scores(model: Any, rows: Sequence[Encoded], collator: Collator, *, batch_size: int) -> np.ndarray:
     """The head's outputs, (rows, classes) float64; (rows, 1) for regression."""
     out: np.ndarray | None = None
-    was_training = model.training
-    model.eval()
-    for indices in batches(rows, batch_size):
-        batch = to_device(collator([rows[i] for i in indices]), model.device)
-        batch.pop("labels", None)
-        scores = model(**batch).logits.double().cpu().numpy()
-        out = np.zeros((len(rows), scores.shape[1])) if out is None else out
-        out[indices] = scores
-    model.train(was_training)
+    with evaluating(model):
+        for indices in batches(rows, batch_size):
+            batch = to_device(collator([rows[i] for i in indices]), model.device)
+            batch.pop("labels", None)
+            scores = model(**batch).logits.double().cpu().numpy()
+            out = np.zeros((len(rows), scores.shape[1])) if out is None else out
+            out[indices] = scores
     return np.zeros((0, 1)) if out is None else out
 
 

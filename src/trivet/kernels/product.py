@@ -41,15 +41,15 @@ def widens(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and not multiplies(x.dtype) and platform.machine() in ("x86_64", "AMD64")
 
 
-@functools.cache
-def turns() -> bool:
-    """Whether this machine's products of few float32 rows are better turned. Without AVX2 that was not measured."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX2" and torch.backends.mkl.is_available()
+def turns(x: torch.Tensor) -> bool:
+    """Whether products of few rows of x are better turned. On processors with more than AVX2 that was not measured."""
+    own = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkl.is_available()
+    return own and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def improves(x: torch.Tensor) -> bool:
     """Whether any product of x is computed otherwise than by torch."""
-    return widens(x) or (x.device.type == "cpu" and x.dtype == torch.float32 and turns())
+    return widens(x) or turns(x)
 
 
 def unrounded() -> torch.autocast:
@@ -116,7 +116,7 @@ def _turned(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether a b is better computed as (bᵀ aᵀ)ᵀ."""
     least = _TURNED if b.stride(0) == 1 else _TURNED_ACROSS
     few = least <= len(a) <= _TURNED_UNTIL <= min(b.shape) and a.stride(1) == 1
-    return few and a.device.type == "cpu" and a.dtype == torch.float32 and turns()
+    return few and turns(a)
 
 
 #: A frozen layer's W, or what makes it in a type for each product anew.
