@@ -6,7 +6,14 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from trivet.kernels import native
 from trivet.kernels.rotation import rotate
+
+
+@pytest.fixture(autouse=True)
+def without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's operations, which stay where no C compiler is; test_native.py has the others."""
+    monkeypatch.setattr(native, "serves", lambda x: False)
 
 
 def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from trivet.kernels import native
 from trivet.kernels.dropout import keep, zero
 from trivet.kernels.heap import empty
 from trivet.kernels.product import unrounded, widens
@@ -19,6 +20,8 @@ from trivet.kernels.softmax import softmax, softmax_backward
 
 #: Queries in a block: small blocks skip more above the diagonal and stay in cache, large ones are better products.
 _SHORT, _LONG, _LONG_FROM = 64, 128, 1024
+#: 16-bit rows of fewer keys go to torch's softmax.
+_NATIVE_FROM = 64
 
 
 def attention(
@@ -129,6 +132,9 @@ def _probabilities(
     x = _rows(q, rows)
     scores = torch.baddbmm(x.new_empty(1), x, k[:, :seen].transpose(1, 2), beta=0, alpha=scale)
     count = rows.stop - rows.start
+    ours = scores.dtype == torch.bfloat16 and seen >= _NATIVE_FROM and native.serves(scores)
+    if causal and ours:
+        return native.softmax_(scores, count, seen - count)
     if causal:
         corner = torch.full((count, count), -math.inf, dtype=x.dtype, device=x.device).triu_(1)
         scores.view(len(q), -1, count, seen)[..., seen - count :].add_(corner)
@@ -136,7 +142,7 @@ def _probabilities(
         part = mask if mask.shape[2] == 1 else mask[:, :, rows]
         by_head = scores.view(batch, -1, q.shape[1], count, seen)
         by_head.add_(part.unsqueeze(2) if part.shape[1] == 1 else part.view(len(part), -1, q.shape[1], *part.shape[2:]))
-    return softmax(scores)
+    return native.softmax_(scores) if ours else softmax(scores)
 
 
 def _random(seed: int | None) -> torch.Generator | None:

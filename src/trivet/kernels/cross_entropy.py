@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from trivet.kernels import fused
+from trivet.kernels import fused, native
 from trivet.kernels.product import mm
 
 #: Logits that are held at a time in 16 bits, and in 32 beside them; in float32 alone twice as many. Large enough for
@@ -88,7 +88,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         held = GPU_CHUNK if hidden.is_cuda else held_at_once(hidden.element_size())
         size = -(-n // max(1, -(-n * len(head.weight) // held)))  # equal chunks
         short = hidden.new_empty(size, len(head.weight))  # the same memory for every chunk
-        at_once = grad is not None and head.bias is None and fused.fuses(hidden)
+        kernels = fused if fused.fuses(hidden) else native
+        at_once = grad is not None and head.bias is None and (kernels is fused or native.serves(hidden))
         wide = short if at_once or short.dtype == torch.float32 else short.new_empty(short.shape, dtype=torch.float32)
         for start in range(0, n, max(size, 1)):
             rows = slice(start, start + size)
@@ -96,7 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             products, p = short[: len(target)], wide[: len(target)]
             if grad is not None and at_once:
                 mm(hidden[rows], head.weight.T, out=products)
-                losses[rows], right[rows] = fused.cross_entropy_(
+                losses[rows], right[rows] = kernels.cross_entropy_(
                     products, target, scale=head.scale, cap=head.cap, z_loss=z_loss
                 )
                 mm(products, head.weight, out=grad[rows])

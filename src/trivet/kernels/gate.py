@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from trivet.kernels import fused
+from trivet.kernels import fused, native
 from trivet.kernels.heap import empty
 from trivet.kernels.recipe import carries
 
@@ -16,25 +16,27 @@ from trivet.kernels.recipe import carries
 def silu_gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """SiLU(gate) · up, both of one shape; they alone are kept for the backward pass.
 
-    On GPUs with Triton it is computed in float32 and rounded once, elsewhere as torch does, SiLU rounded too.
+    With Triton or a C compiler it is computed in float32 and rounded once, else as torch does, SiLU rounded too.
     """
-    if fused.fuses(gate):
+    kernels = fused if fused.fuses(gate) else native
+    if kernels is fused or (native.serves(gate) and up.dtype == gate.dtype):
         gate, up = gate.contiguous(), up.contiguous()
-        return carries(_FusedSiLUGate.apply(gate, up), fused.silu_gate, gate, up)
+        return carries(_FusedSiLUGate.apply(gate, up, kernels), kernels.silu_gate, gate, up)
     again = _Again()
     return carries(_SiLUGate.apply(gate, up, again), again, gate, up)
 
 
 class _FusedSiLUGate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Any, up: Any) -> torch.Tensor:
+    def forward(ctx: Any, gate: Any, up: Any, kernels: Any) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
-        return fused.silu_gate(gate, up)
+        ctx.kernels = kernels
+        return kernels.silu_gate(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Any) -> Any:
-        return fused.silu_gate_backward(grad.contiguous(), *ctx.saved_tensors)
+        return *ctx.kernels.silu_gate_backward(grad.contiguous(), *ctx.saved_tensors), None
 
 
 class _SiLUGate(torch.autograd.Function):

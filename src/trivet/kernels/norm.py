@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from trivet.kernels import fused
+from trivet.kernels import fused, native
 from trivet.kernels.heap import empty
 from trivet.kernels.recipe import carries
 
@@ -27,7 +27,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         weight: (n,), without gradient.
     """
     if fused.fuses(x) and x.shape[-1] <= fused.LONGEST:
-        return _FusedRMSNorm.apply(x, weight, eps)
+        return _FusedRMSNorm.apply(x, weight, eps, fused)
+    if native.serves(x) and weight.dtype == x.dtype:
+        x = x.contiguous()
+        return carries(_FusedRMSNorm.apply(x, weight, eps, native), partial(_again, eps), x, weight.clone())
     y, inverse = _RMSNorm.apply(x, weight, eps)
     return carries(y, _normed, x, inverse, weight.clone())
 
@@ -46,16 +49,17 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor 
 
 class _FusedRMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Any, weight: Any, eps: float) -> torch.Tensor:
+    def forward(ctx: Any, x: Any, weight: Any, eps: float, kernels: Any) -> torch.Tensor:
         x = x.contiguous()
-        y, inverse = fused.rms_norm(x, weight, eps)
+        y, inverse = kernels.rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
+        ctx.kernels = kernels
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Any) -> Any:
-        return fused.rms_norm_backward(grad.contiguous(), *ctx.saved_tensors), None, None
+        return ctx.kernels.rms_norm_backward(grad.contiguous(), *ctx.saved_tensors), None, None, None
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -75,6 +79,10 @@ class _RMSNorm(torch.autograd.Function):
         g, wide = grad.to(inverse.dtype) * weight, x.to(inverse.dtype)
         along = torch.linalg.vecdot(g, wide).unsqueeze(-1).mul_(inverse * inverse / x.shape[-1])
         return g.addcmul_(wide, along, value=-1).mul_(inverse).to(x.dtype), None, None
+
+
+def _again(eps: float, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return native.rms_norm(x, weight, eps)[0]
 
 
 def _normed(x: torch.Tensor, inverse: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,15 @@
-"""Matrix products that x86 processors are slow at: of 16-bit tensors without instructions for them, and of few rows.
+"""Matrix products that x86 processors are slow at: of 16-bit tensors without instructions for them, of few rows, and
+those that one of two threads computes alone.
 
 Where a processor has no instructions for 16-bit numbers, torch takes 4 to 100 times as long for them as in float32.
 Here both sides are widened to float32, a large one part by part so that no copy of a whole weight is held, and the
 result is rounded once: what a processor with such instructions computes, in float32's time and 16 bits' memory.
 
 With AVX2, a layer's output for a few rows, which is what writing an answer asks for token by token, takes two thirds of
-the time, down to a third, as (W xᵀ)ᵀ instead of x Wᵀ. Everywhere else these are torch's own products.
+the time, down to a third, as (W xᵀ)ᵀ instead of x Wᵀ.
+
+With AMX and two threads, torch's library gives all of a product in 16 bits to one of them where it has about as many
+rows as columns. It is computed in halves there, which are divided well. Everywhere else these are torch's own products.
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ _PART = 2**20
 _FEW = 8
 #: Products of so few rows are turned: from the lower number on where W lies as x Wᵀ reads it, from the higher one else.
 _TURNED, _TURNED_ACROSS, _TURNED_UNTIL = 2, 16, 128
+#: Products of so many columns, with at least as many rows and less than twice, and sums of at least so many terms.
+_ALONE_FROM, _ALONE_UNTIL, _ALONE_TERMS = 256, 1024, 512
 _FLOAT32 = torch.empty(0)
 
 
@@ -73,6 +79,11 @@ def mm(
         turned = torch.mm(b.T, a.T).T
         out = a.new_empty(turned.shape) if out is None else out
         return out.copy_(turned) if bias is None else torch.add(turned, bias, out=out)
+    if _alone(a, b):
+        half, out = len(a) // 32 * 16, a.new_empty(len(a), b.shape[1]) if out is None else out
+        for rows in (slice(half), slice(half, None)):
+            mm(a[rows], b, bias, out[rows])
+        return out
     if not widens(a) or (by_column and len(a) < _FEW):
         return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
     out = a.new_empty(len(a), b.shape[1]) if out is None else out
@@ -117,6 +128,19 @@ def _turned(a: torch.Tensor, b: torch.Tensor) -> bool:
     least = _TURNED if b.stride(0) == 1 else _TURNED_ACROSS
     few = least <= len(a) <= _TURNED_UNTIL <= min(b.shape) and a.stride(1) == 1
     return few and turns(a)
+
+
+def _alone(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether one of two threads would compute a b alone."""
+    (terms, columns), rows = b.shape, len(a)
+    shape = _ALONE_FROM <= columns <= _ALONE_UNTIL and columns <= rows < 2 * columns and terms >= _ALONE_TERMS
+    return shape and a.dtype == torch.bfloat16 and a.device.type == "cpu" and torch.get_num_threads() == 2 and _tiles()
+
+
+@functools.cache
+def _tiles() -> bool:
+    """Whether this processor multiplies tiles of bfloat16 numbers (AMX)."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 #: A frozen layer's W, or what makes it in a type for each product anew.

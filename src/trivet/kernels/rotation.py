@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from trivet.kernels import fused
+from trivet.kernels import fused, native
 from trivet.kernels.heap import empty
 
 
@@ -16,8 +17,8 @@ def rotate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Both rotated by their places' angles.
 
-    On GPUs computed in float32, and laid out as (batch, length, heads, width); on CPUs in their own type, and laid out
-    by head, as attention on CPUs reads them.
+    Computed in float32, without a C compiler on CPUs in their own type. On GPUs laid out as (batch, length, heads,
+    width); on CPUs by head, as attention on CPUs reads them.
 
     Args:
         query, key: (batch, heads, length, width).
@@ -30,15 +31,19 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, cos: Any, sin: Any) -> Any:
         ctx.save_for_backward(cos, sin)
-        turn = fused.rotate if fused.fuses(query) else _rotate
+        turn = _turning(query)
         return turn(_rows(query), cos, sin), turn(_rows(key), cos, sin)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         cos, sin = ctx.saved_tensors
-        turn = fused.rotate if fused.fuses(grads[0]) else _rotate
+        turn = _turning(grads[0])
         return *(turn(_rows(grad), cos, sin, back=True) for grad in grads), None, None
+
+
+def _turning(x: torch.Tensor) -> Callable[..., torch.Tensor]:
+    return fused.rotate if fused.fuses(x) else native.rotate if native.serves(x) else _rotate
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,218 @@
+"""C kernels for CPUs: norms, gated activations, rotations, softmax and cross-entropy, each in one pass over memory.
+
+The counterpart of `trivet.kernels.fused`. torch takes several operations for each of these, rounds what lies between
+them to 16 bits, or copies all of it to float32 and back. `native.c` is compiled once a machine, by the C compiler that
+is found there, into trivet's cache (Triton does so with its launchers). Where there is none, torch's operations stay.
+Arithmetic is in float32, sums of long rows in float64.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from trivet.demo import cache_dir
+from trivet.kernels.heap import empty
+
+#: Of native.c.
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_SOURCE = Path(__file__).with_name("native.c")
+_FLAGS = (
+    "-std=c11",
+    "-O3",
+    "-ffp-contract=fast",
+    "-fopenmp-simd",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fPIC",
+    "-shared",
+)
+#: The first that the compiler takes: all of this processor's instructions, and torch's threads (it has loaded OpenMP).
+_CHOICES = (
+    ("-march=native", "-fopenmp"),
+    ("-mcpu=native", "-fopenmp"),
+    ("-march=native",),
+    ("-mcpu=native",),
+    (),
+)
+#: Fewer numbers than that are not worth waking another thread.
+_ALONE = 2**15
+
+
+def serves(x: torch.Tensor) -> bool:
+    """Whether these kernels take x: float32 or bfloat16 on a CPU, with a compiler there."""
+    plain = type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type == "cpu" and x.dtype in _TYPES
+    return plain and x.numel() > 0 and not torch.compiler.is_compiling() and missing() is None
+
+
+def compiler() -> list[str] | None:
+    """The command of the C compiler: `$CC` (empty for none), else the first of cc, gcc and clang that is there."""
+    if (named := os.environ.get("CC")) is not None:
+        words = shlex.split(named)
+        return words if words and shutil.which(words[0]) else None
+    return next(([found] for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+
+
+def missing() -> str | None:
+    """Why this machine has no kernels; None where it has."""
+    found = _library()
+    return found if isinstance(found, str) else None
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | str:
+    """The compiled kernels, or why they can't be had."""
+    command = compiler()
+    if command is None:
+        return "no C compiler was found (install gcc or clang, or name one in CC)"
+    try:
+        return ctypes.CDLL(str(_compiled(command)))
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"trivet's C kernels could not be compiled: {error}"
+
+
+def _compiled(command: Sequence[str]) -> Path:
+    """The library's file, made if this processor and this compiler have not made it yet."""
+    key = repr((command, _FLAGS, _CHOICES, _processor())).encode() + _SOURCE.read_bytes()
+    target = cache_dir() / "kernels" / f"{hashlib.sha256(key).hexdigest()[:20]}.so"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # the rename is atomic: others may compile too
+        made = Path(folder, "kernels.so")
+        for choice in _CHOICES:
+            words = [*command, *_FLAGS, *choice, str(_SOURCE), "-o", str(made), "-lm"]
+            done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)  # noqa: S603
+            if done.returncode == 0:
+                return made.replace(target)
+        raise OSError(f"{shlex.join(words)} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
+
+
+def _processor() -> str:
+    """What "native" means here: homes of a cluster are shared by machines of several kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return "".join(dict.fromkeys(line for line in lines if line.startswith(("model name", "flags", "CPU", "Features"))))
+
+
+def _threads(x: torch.Tensor) -> int:
+    return torch.get_num_threads() if x.numel() >= _ALONE else 1
+
+
+def _call(name: str, x: torch.Tensor, *arguments: torch.Tensor | int | float | ctypes.Array[ctypes.c_int64]) -> None:
+    """A function of native.c, which takes x's type first and the number of threads last."""
+    given = [ctypes.c_int(_TYPES[x.dtype]), *(_argument(each) for each in arguments), ctypes.c_int(_threads(x))]
+    getattr(_library(), name)(*given)
+
+
+def _argument(value: torch.Tensor | int | float | ctypes.Array[ctypes.c_int64]) -> object:
+    if isinstance(value, torch.Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, float):
+        return ctypes.c_float(value)
+    return ctypes.c_int64(value) if isinstance(value, int) else value
+
+
+# -- norms and gated activations ---------------------------------------------------------------------------------
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight · x / √(mean(x²) + eps) over the last dimension of a contiguous x, and 1 / √(…) of each row in float32."""
+    width = x.shape[-1]
+    y, inverse = empty(*x.shape, like=x), x.new_empty(x.numel() // width, dtype=torch.float32)
+    _call("rms_norm", x, x, weight, y, inverse, len(inverse), width, float(eps))
+    return y, inverse
+
+
+def rms_norm_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """The gradient in x, from that in the result; both contiguous."""
+    out = empty(*x.shape, like=x)
+    _call("rms_norm_backward", x, grad, x, weight, inverse, out, len(inverse), x.shape[-1])
+    return out
+
+
+def silu_gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """gate · sigmoid(gate) · up of two contiguous tensors of one shape."""
+    out = empty(*gate.shape, like=gate)
+    _call("silu_gate", gate, gate, up, out, gate.numel())
+    return out
+
+
+def silu_gate_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients in gate and up, from that in the result; all contiguous."""
+    in_gate, in_up = empty(*gate.shape, like=gate), empty(*up.shape, like=up)
+    _call("silu_gate_backward", gate, grad, gate, up, in_gate, in_up, gate.numel())
+    return in_gate, in_up
+
+
+# -- rotary positions ----------------------------------------------------------------------------------------------
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, back: bool = False) -> torch.Tensor:
+    """Each head's halves (a, b) to (a cos - b sin, b cos + a sin); `back` is the transpose, which gradients take.
+
+    Args:
+        x: (batch, heads, length, width), of any strides but the last, which is 1.
+        cos, sin: (batch or 1, length, width), contiguous; their first halves are read.
+
+    Returns:
+        x's shape, laid out by head, as attention on CPUs reads it; with `back` as (batch, length, heads, width).
+    """
+    batch, heads, length, width = x.shape
+    out = empty(batch, length, heads, width, like=x).transpose(1, 2) if back else empty(*x.shape, like=x)
+    each = 0 if len(cos) == 1 else length * width
+    strides = ((ctypes.c_int64 * 3)(*tensor.stride()[:3]) for tensor in (x, out))
+    _call("rotate", x, x, cos, sin, out, batch, heads, length, width, *strides, each, -1.0 if back else 1.0)
+    return out
+
+
+# -- softmax ---------------------------------------------------------------------------------------------------------
+
+
+def softmax_(scores: torch.Tensor, queries: int = 0, before: int = 0) -> torch.Tensor:
+    """softmax(scores) over the last axis, in place.
+
+    Args:
+        scores: (…, keys), bfloat16, contiguous; a row must have a finite entry.
+        queries: where rows are query after query of `queries`, over and over, and causal: the first of them sees
+            `before` keys and one more, the next another one; what a query does not see becomes 0. 0: all is seen.
+    """
+    keys = scores.shape[-1]
+    _call("softmax", scores, scores, scores.numel() // keys, keys, queries, before)
+    return scores
+
+
+# -- cross-entropy -----------------------------------------------------------------------------------------------------
+
+
+def cross_entropy_(
+    products: torch.Tensor, targets: torch.Tensor, *, scale: float = 1.0, cap: float | None = None, z_loss: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses of the logits cap · tanh(scale · products / cap), whose place their gradients in `products` take.
+
+    Args:
+        products: (n, vocabulary), contiguous; overwritten.
+        targets: n ids, int64, contiguous.
+        scale, cap, z_loss: as in `trivet.kernels.cross_entropy`.
+
+    Returns:
+        losses (n,) float32, NaN where a target is no token; and whether none is likelier than the target, (n,) bool.
+    """
+    n, vocabulary = products.shape
+    losses, right = products.new_empty(n, dtype=torch.float32), products.new_empty(n, dtype=torch.bool)
+    settings = float(scale), float(cap or 0), float(z_loss)
+    _call("cross_entropy", products, products, targets, losses, right, n, vocabulary, *settings)
+    return losses, right

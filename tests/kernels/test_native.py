@@ -1,0 +1,259 @@
+"""The C kernels for CPUs: torch's own operations in float64, and what happens where they can't be compiled."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from trivet.kernels import attention, cross_entropy, gate, native, norm, rotation
+from trivet.kernels.cross_entropy import Head, linear_cross_entropy
+
+needs_compiler = pytest.mark.skipif(native.compiler() is None, reason="no C compiler is on this machine")
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def close(found: torch.Tensor, exact: torch.Tensor) -> None:
+    """Within the rounding of a result in `found`'s type."""
+    eps = torch.finfo(found.dtype).eps
+    torch.testing.assert_close(
+        found.double(), exact.double(), rtol=2 * eps, atol=2 * eps * float(exact.detach().abs().max())
+    )
+
+
+def both(ours: Any, theirs: Any, *inputs: torch.Tensor) -> None:
+    """Results and gradients of two functions, of which the second computes in float64."""
+    mine = [x.detach().clone().requires_grad_() for x in inputs]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    found, wanted = ours(*mine), theirs(*exact)
+    close(found, wanted)
+    weights = draw(*found.shape, seed=9, dtype=found.dtype)
+    got = torch.autograd.grad(found, mine, weights)
+    for one, other in zip(got, torch.autograd.grad(wanted, exact, weights.double()), strict=True):
+        close(one, other)
+
+
+@needs_compiler
+def test_they_are_there_and_share_torchs_threads() -> None:
+    """A second OpenMP would have threads of its own, which torch's wait in the way of."""
+    assert native.missing() is None and native.serves(torch.ones(1))
+    if sys.platform == "linux":
+        mapped = set(re.findall(r"\S*lib(?:gomp|omp|iomp5)[^/\s]*\.so\S*", Path("/proc/self/maps").read_text()))
+        assert len({Path(each).resolve() for each in mapped if "scikit" not in each and "sklearn" not in each}) == 1
+
+
+def test_what_they_do_not_take() -> None:
+    others = torch.ones(1, dtype=torch.float16), torch.ones(1, dtype=torch.float64), torch.ones(0)
+    assert not any(native.serves(x) for x in (*others, torch.ones(1, device="meta")))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 7), (5, 64), (2, 3, 100), (3, 1500), (40, 1024)])
+def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    weight = 1 + draw(shape[-1], seed=2, dtype=dtype) / 2
+
+    def exact(x: torch.Tensor) -> torch.Tensor:
+        return weight.double() * x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+    both(lambda x: norm.rms_norm(x, weight, 1e-5), exact, draw(*shape, seed=1, dtype=dtype))
+    turned = draw(*shape, seed=3, dtype=dtype).transpose(0, -2)
+    close(norm.rms_norm(turned, weight, 1e-5), exact(turned.double()))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1,), (4096,), (3, 5, 333), (40, 1024)])
+def test_silu_gate(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    both(gate.silu_gate, lambda g, u: F.silu(g) * u, *(3 * draw(*shape, seed=s, dtype=dtype) for s in (1, 2)))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_carries_a_recipe_is_made_again(dtype: torch.dtype) -> None:
+    x, weight = draw(4, 6, seed=1, dtype=dtype).requires_grad_(), draw(6, seed=2, dtype=dtype)
+    for y in (norm.rms_norm(x, weight, 1e-5), gate.silu_gate(x, 2 * x)):
+        recipe = y.recipe  # type: ignore[attr-defined]
+        assert torch.equal(recipe.maker(*recipe.inputs), y)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "width"), [((4, 2), 16), ((3, 3), 24), ((9, 1), 2)])
+@pytest.mark.parametrize("shared", [True, False])
+def test_rotate(heads: tuple[int, int], width: int, shared: bool, dtype: torch.dtype) -> None:
+    """Angles are one row's for all, or each row's own; queries and keys lie as a model's projections leave them."""
+    angles = draw(1 if shared else 2, 5, width // 2, seed=3).repeat(1, 1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    inputs = [draw(2, 5, n, width, seed=n, dtype=dtype).transpose(1, 2) for n in heads]
+    for place in (0, 1):
+        both(
+            lambda q, k, i=place: rotation.rotate(q, k, cos, sin)[i] + 0 * (q.sum() + k.sum()),
+            lambda q, k, i=place: apply_rotary_pos_emb(q, k, cos.double(), sin.double())[i] + 0 * (q.sum() + k.sum()),
+            *inputs,
+        )
+
+
+@needs_compiler
+@settings(max_examples=60, deadline=None)
+@given(
+    queries=st.integers(1, 70),
+    before=st.integers(0, 1500),
+    heads=st.integers(1, 3),
+    causal=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_softmax(queries: int, before: int, heads: int, causal: bool, seed: int) -> None:
+    """Also of rows longer than a piece, and where scores that are not seen are not even numbers."""
+    keys = before + queries
+    scores = 5 * draw(2, heads * queries, keys, seed=seed, dtype=torch.bfloat16)
+    hidden = torch.ones(queries, keys, dtype=torch.bool).triu_(before + 1).repeat(heads, 1) & causal
+    wanted = torch.softmax(scores.double().masked_fill(hidden, -torch.inf), -1)
+    if causal:
+        scores.masked_fill_(hidden, torch.nan)
+    found = native.softmax_(scores, queries, before) if causal else native.softmax_(scores)
+    close(found, wanted)
+    assert not found[:, hidden].count_nonzero()
+
+
+@needs_compiler
+@pytest.mark.parametrize("length", [64, 100, 300])
+@pytest.mark.parametrize("mask", [None, "padding"])
+def test_attention(length: int, mask: str | None) -> None:
+    q, k, v = (draw(2, h, length, 16, seed=h, dtype=torch.bfloat16) for h in (4, 2, 2))
+    seen = torch.ones(2, 1, length, length, dtype=torch.bool).tril_()
+    if mask:
+        seen[1, ..., : length // 3] = False
+        seen[..., 0] = True  # a row that sees nothing has no softmax
+    weights = draw(2, length, 4, 16, seed=7, dtype=torch.bfloat16)
+    results = []
+    for on in (True, False):
+        inputs = [each.clone().requires_grad_() for each in (q, k, v)]
+        with pytest.MonkeyPatch.context() as patch:
+            if not on:
+                patch.setattr(native, "serves", lambda x: False)
+            y = attention.attention(*inputs, seen if mask else None, causal=mask is None)
+            results.append([y, *torch.autograd.grad(y, inputs, weights)])
+    wide = [each.double().requires_grad_() for each in (q, k, v)]
+    exact = F.scaled_dot_product_attention(*wide, attn_mask=seen, enable_gqa=True).transpose(1, 2)
+    wanted = [exact, *torch.autograd.grad(exact, wide, weights.double())]
+    for ours, plain, true in zip(*results, wanted, strict=True):
+        error, usual = ((each.double() - true).square().mean() for each in (ours, plain))
+        assert error <= 1.1 * usual
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
+@pytest.mark.parametrize("head", [{}, {"scale": 0.25}, {"cap": 3.0}, {"scale": 2.5, "cap": 2.0}])
+@pytest.mark.parametrize("vocabulary", [23, 5000])
+def test_cross_entropy(vocabulary: int, head: dict[str, Any], z_loss: float, dtype: torch.dtype) -> None:
+    products = draw(6, vocabulary, seed=1, dtype=dtype)
+    products[0, 7], products[1, 3] = 20.0, -20.0
+    targets = torch.tensor([7, 3, 0, vocabulary - 1, 5, 11])
+    exact = products.double().requires_grad_()
+    logits = exact * head.get("scale", 1.0)
+    if "cap" in head:
+        logits = head["cap"] * torch.tanh(logits / head["cap"])
+    wanted = F.cross_entropy(logits, targets, reduction="none") + z_loss * logits.logsumexp(1).square()
+    losses, right = native.cross_entropy_(products, targets, z_loss=z_loss, **head)
+    torch.testing.assert_close(losses.double(), wanted.detach(), rtol=1e-5, atol=1e-5)
+    assert right.tolist() == (logits.argmax(1) == targets).tolist()
+    close(products, torch.autograd.grad(wanted.sum(), exact)[0])
+
+
+@needs_compiler
+def test_what_is_no_number_stays_none() -> None:
+    """A loss that has become NaN must show; words that a model rules out (minus infinity) are no matter."""
+    products = draw(3, 3000, seed=1)
+    products[0, 2000], products[1, :1500] = torch.nan, -torch.inf
+    wanted = F.cross_entropy(products[1:2].double(), torch.tensor([1999]))
+    losses, _ = native.cross_entropy_(products, torch.tensor([5, 1999, 3000]))
+    assert losses[0].isnan() and losses[2].isnan() and products[0].isnan().all()
+    torch.testing.assert_close(losses[1].double(), wanted)
+    assert products[1].isfinite().all() and not products[1, :1500].count_nonzero()
+    x = torch.tensor([torch.nan, torch.inf, -torch.inf, 100.0, -100.0])
+    found = gate.silu_gate(x, torch.ones(5))
+    assert (
+        found[0].isnan() and found[1] == torch.inf and found[3].item() == pytest.approx(100) and abs(found[4]) < 1e-20
+    )
+    narrow = gate.silu_gate(x.bfloat16(), torch.ones(5).bfloat16())
+    assert narrow[0].isnan() and narrow[[1, 3]].tolist() == [torch.inf, 100.0]
+
+
+@needs_compiler
+@pytest.mark.parametrize("n", [1, 16, 17, 50])
+def test_a_head_in_chunks(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    monkeypatch.setattr(cross_entropy, "CHUNK", 16 * 23)
+    weight, targets = draw(23, 8, seed=1), torch.arange(n) % 23
+    both(
+        lambda hidden: linear_cross_entropy(hidden, targets, Head(weight))[0],
+        lambda hidden: F.cross_entropy(hidden @ weight.T.double(), targets, reduction="none"),
+        draw(n, 8, seed=2),
+    )
+
+
+@needs_compiler
+def test_threads_change_no_bit() -> None:
+    def results() -> list[torch.Tensor]:
+        x, weight = draw(60, 1024, seed=1, dtype=torch.bfloat16), draw(1024, seed=2, dtype=torch.bfloat16)
+        logits = draw(64, 1024, seed=3, dtype=torch.bfloat16)
+        losses, _ = native.cross_entropy_(logits, torch.arange(64))
+        return [native.rms_norm(x, weight, 1e-5)[0], native.silu_gate(x, 2 * x), losses, logits]
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = results()
+        torch.set_num_threads(2)
+        assert all(torch.equal(*pair) for pair in zip(alone, results(), strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+REASON = (
+    "import torch; from trivet.kernels.native import missing, serves; print(missing()); print(serves(torch.ones(1)))"
+)
+
+
+def said(tmp_path: Path, code: str = REASON, **environment: str) -> list[str]:
+    """What a new process says, with a cache of its own."""
+    given = {**os.environ, "TRIVET_CACHE": str(tmp_path / "cache"), **environment}
+    done = subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def test_no_compiler(tmp_path: Path) -> None:
+    assert said(tmp_path, CC="") == ["no C compiler was found (install gcc or clang, or name one in CC)", "False"]
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_compiler_that_fails(tmp_path: Path) -> None:
+    fake = tmp_path / "cc"
+    fake.write_text("#!/bin/sh\necho no licence >&2\nexit 3\n")
+    fake.chmod(0o755)
+    reason, serves = said(tmp_path, CC=str(fake))
+    assert "could not be compiled" in reason and "ended with 3: no licence" in reason and serves == "False"
+    assert list((tmp_path / "cache" / "kernels").iterdir()) == []
+
+
+@needs_compiler
+def test_it_is_compiled_once_a_machine(tmp_path: Path) -> None:
+    assert said(tmp_path) == ["None", "True"]
+    (made,) = (tmp_path / "cache" / "kernels").iterdir()
+    before = made.stat().st_mtime_ns
+    assert said(tmp_path) == ["None", "True"] and made.stat().st_mtime_ns == before
