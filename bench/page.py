@@ -83,8 +83,9 @@ def speed_lines(name: str = "speed") -> list[dict]:
 
 
 def speeds() -> str:
-    """The tables of both kinds of processor, of a GPU, and of evaluation."""
+    """The tables of every kind of processor, of a GPU, and of evaluation."""
     parts = [speed_table(speed_lines())]
+    parts += ["### With bfloat16 instructions but no AMX, before C kernels", speed_table(speed_lines("speed_avx512"))]
     parts += ["### Without bfloat16 instructions", speed_table(speed_lines("speed_avx2"))]
     parts += ["### On a GPU", speed_table(speed_lines("speed_gpu"))]
     if evaluation.RESULTS.exists():

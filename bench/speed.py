@@ -9,6 +9,7 @@ round by round; and machine, versions and command. A side that can't run here sa
 Without --data the workloads that need no file run: `dense` (SmolLM2-135M, 4 rows of 256 random tokens, all of them
 labels), `gpt2` (the same with GPT-2's size and random weights), `four-bit` (as `dense`, frozen weights in 4 bits
 beside whole ones, and PEFT with bitsandbytes), `types` (as `dense`, trivet alone in float32 and in bfloat16),
+`kernels` (as `dense`, trivet alone with its C kernels and without a compiler),
 `lengths` (trivet alone, one row of 512, 1024 and 2048) and `seq2seq` (BART base's size, random weights). With it also
 `e2e`, `snips`, `gsm8k` (prompt and completion; TRL with its defaults and with its two best settings), `e2e-chat`,
 `snips-chat`, `gsm8k-chat` (the same rows in the model's chat template, on all sides) and `trec` (a classifier; each
@@ -65,6 +66,7 @@ WORKLOADS = {
     "gpt2": Workload("dense", ("trivet", "peft-bf16", "peft-fp32", "peft-best"), 4, 256, random="gpt2"),
     "four-bit": Workload("dense", ("trivet-4bit", "trivet", "peft-4bit"), 4, 256),
     "types": Workload("dense", ("trivet-fp32", "trivet-bf16"), 4, 256),
+    "kernels": Workload("dense", ("trivet", "trivet-uncompiled"), 4, 256),
     "lengths": Workload("dense", ("trivet-512", "trivet-1024", "trivet-2048"), 1),
     "seq2seq": Workload("seq2seq", ("trivet", "peft-bf16", "peft-fp32"), 8, 128),
     "e2e": Workload("rows", TRL, 16, file="d2t_e2e_train.jsonl.gz", pack_length=1024),

@@ -87,6 +87,8 @@ def dense(turns: Turns, spec: dict[str, Any]) -> None:
         batch = ids(step)
         return {"input_ids": batch, "attention_mask": torch.ones_like(batch)}, batch
 
+    if side == "trivet-uncompiled":
+        os.environ["CC"] = ""
     if side.startswith("trivet"):
         return ours(turns, made, "causal-lm", labelled, counts)
     if side != "unsloth":

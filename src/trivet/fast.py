@@ -25,6 +25,7 @@ from trivet.kernels.activation import ACTIVATIONS, Activation, activate
 from trivet.kernels.attention import attention
 from trivet.kernels.fused import fuses
 from trivet.kernels.gate import silu_gate
+from trivet.kernels.gather import Padded, Unpadded
 from trivet.kernels.norm import layer_norm, rms_norm
 from trivet.kernels.product import improves, linear, widens
 from trivet.kernels.rotation import rotate
@@ -98,12 +99,13 @@ def _packed(query: Any, key: Any, value: Any, borders: torch.Tensor, scale: floa
     shared, lengths = int(borders[0]), borders.diff().long()
     inside = torch.arange(int(lengths.max())) < lengths[:, None]
     places = torch.where(inside, borders[:-1, None] + torch.arange(inside.shape[1]), 0)
-    q, k, v = (t[0][:, places].transpose(0, 1) for t in (query, key, value))
+    kept = inside.flatten().nonzero()[:, 0]
+    q, k, v = (Padded.apply(t[0], places, kept).transpose(0, 1) for t in (query, key, value))
     if not shared:
-        return attention(q, k, v, causal=True, scale=scale, dropout=dropout)[inside][None]
+        return Unpadded.apply(attention(q, k, v, causal=True, scale=scale, dropout=dropout), kept)[None]
     first, *beginning = (t[:, :, :shared] for t in (query, key, value))
     k, v = (torch.cat([t.expand(len(q), -1, -1, -1), own], 2) for t, own in zip(beginning, (k, v), strict=True))
-    own = attention(q, k, v, causal=True, scale=scale, dropout=dropout)[inside][None]
+    own = Unpadded.apply(attention(q, k, v, causal=True, scale=scale, dropout=dropout), kept)[None]
     return torch.cat([attention(first, *beginning, causal=True, scale=scale, dropout=dropout), own], 1)
 
 

@@ -251,6 +251,16 @@ def test_a_compiler_that_fails(tmp_path: Path) -> None:
     assert list((tmp_path / "cache" / "kernels").iterdir()) == []
 
 
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="no owners of files here")
+@needs_compiler
+def test_a_folder_that_others_can_write_to(tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / "kernels"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    reason, serves = said(tmp_path)
+    assert f"others than you can write to {folder}" in reason and serves == "False" and not list(folder.iterdir())
+
+
 @needs_compiler
 def test_it_is_compiled_once_a_machine(tmp_path: Path) -> None:
     assert said(tmp_path) == ["None", "True"]

@@ -85,12 +85,16 @@ def _library() -> ctypes.CDLL | str:
 def _compiled(command: Sequence[str]) -> Path:
     """The library's file, made if this processor and this compiler have not made it yet."""
     key = repr((command, _FLAGS, _CHOICES, _processor())).encode() + _SOURCE.read_bytes()
-    target = cache_dir() / "kernels" / f"{hashlib.sha256(key).hexdigest()[:20]}.so"
+    folder = cache_dir() / "kernels"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    state = folder.stat()
+    if hasattr(os, "getuid") and (state.st_uid != os.getuid() or state.st_mode & 0o022):
+        raise OSError(f"others than you can write to {folder}, which holds code")
+    target = folder / f"{hashlib.sha256(key).hexdigest()[:20]}.so"
     if target.exists():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # the rename is atomic: others may compile too
-        made = Path(folder, "kernels.so")
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:  # the rename is atomic: others may compile too
+        made = Path(temporary, "kernels.so")
         for choice in _CHOICES:
             words = [*command, *_FLAGS, *choice, str(_SOURCE), "-o", str(made), "-lm"]
             done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)  # noqa: S603
