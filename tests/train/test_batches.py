@@ -25,6 +25,7 @@ from trivet.configio import load
 from trivet.data.batch import Collator, halves, rows_in, tokens_in
 from trivet.data.encode import IGNORE, Encoded
 from trivet.errors import ConfigError
+from trivet.kernels import native
 from trivet.loss import training_loss
 from trivet.prepare import prepare
 from trivet.run import train
@@ -381,3 +382,15 @@ print(mallinfo().fordblks)
         pytest.skip("this C library does not say what it holds")
     assert done.returncode == 0, done.stderr
     assert (int(done.stdout) > 2**26) == keeps
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_run_says_that_it_has_no_c_kernels(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
+    monkeypatch.setattr(native, "missing", lambda: "for a reason")
+    values = settings(tiny("llama"), tmp_path / "run", **{"training.max_steps": 1, "training.fast": fast})
+    console = Console(file=io.StringIO(), width=999)
+    train(load(values=values), train=ROWS, console=console)
+    said = "steps take longer than they need to: for a reason" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert said == fast
