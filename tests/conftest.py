@@ -164,6 +164,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return get
 
 
+@pytest.fixture
+def without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's operations, which stay where no C compiler is."""
+    monkeypatch.setattr("trivet.kernels.native.serves", lambda x: False)
+
+
 def losses_of(model: Any, optimizer: Any, batch: Any, labels: Any, steps: int) -> list[float]:
     """Train a causal model on one batch; the loss before each step."""
     from trivet.loss import training_loss

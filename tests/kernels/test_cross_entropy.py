@@ -11,14 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from trivet.kernels import cross_entropy, native
+from trivet.kernels import cross_entropy
 from trivet.kernels.cross_entropy import Head, linear_cross_entropy
 
-
-@pytest.fixture(autouse=True)
-def without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's operations, which stay where no C compiler is; test_native.py has the others."""
-    monkeypatch.setattr(native, "serves", lambda x: False)
+pytestmark = pytest.mark.usefixtures("without_a_compiler")  # test_native.py has the C kernels
 
 
 def draw(*shape: int, seed: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -10,14 +11,16 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is not installed (it comes with torch for CUDA)")
 
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+import exact
+from exact import both, check_chunks, check_cross_entropy, check_rotation, close
 
 from conftest import tiny_model
 from trivet import fast
 from trivet.adapter import fast_gpu
 from trivet.adapter.attach import attach
 from trivet.adapter.layers import adapted_layers
-from trivet.kernels import cross_entropy, fused, gate, norm, rotation
+from trivet.kernels import fused, gate, norm, rotation
 from trivet.kernels.cross_entropy import Head, linear_cross_entropy
 from trivet.loss import training_loss
 
@@ -35,28 +38,7 @@ def fusing(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(fast_gpu, "wanted", lambda x: True)
 
 
-def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
-
-
-def close(found: torch.Tensor, exact: torch.Tensor) -> None:
-    """Within the rounding of a result in `found`'s type."""
-    eps = torch.finfo(found.dtype).eps
-    torch.testing.assert_close(
-        found.double(), exact.double(), rtol=2 * eps, atol=2 * eps * float(exact.detach().abs().max())
-    )
-
-
-def both(ours: Any, theirs: Any, *inputs: torch.Tensor) -> None:
-    """Results and gradients of two functions, of which the second computes in float64."""
-    mine = [x.detach().clone().requires_grad_() for x in inputs]
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    found, wanted = ours(*mine), theirs(*exact)
-    close(found, wanted)
-    weights = draw(*found.shape, seed=9, dtype=found.dtype)
-    got = torch.autograd.grad(found, mine, weights)
-    for one, other in zip(got, torch.autograd.grad(wanted, exact, weights.double()), strict=True):
-        close(one, other)
+draw = functools.partial(exact.draw, device=DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -94,16 +76,7 @@ def test_silu_gate(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("heads", "width"), [((4, 2), 16), ((3, 3), 24), ((9, 1), 2)])
 @pytest.mark.parametrize("shared", [True, False])
 def test_rotate(heads: tuple[int, int], width: int, shared: bool, dtype: torch.dtype) -> None:
-    """Angles are one row's for all, or each row's own; queries and keys lie as a model's projections leave them."""
-    angles = draw(1 if shared else 2, 5, width // 2, seed=3).repeat(1, 1, 2)
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    inputs = [draw(2, 5, n, width, seed=n, dtype=dtype).transpose(1, 2) for n in heads]
-    for place in (0, 1):
-        both(
-            lambda q, k, i=place: rotation.rotate(q, k, cos, sin)[i] + 0 * (q.sum() + k.sum()),
-            lambda q, k, i=place: apply_rotary_pos_emb(q, k, cos.double(), sin.double())[i] + 0 * (q.sum() + k.sum()),
-            *inputs,
-        )
+    check_rotation(heads, width, shared, dtype, DEVICE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -111,30 +84,12 @@ def test_rotate(heads: tuple[int, int], width: int, shared: bool, dtype: torch.d
 @pytest.mark.parametrize("head", [{}, {"scale": 0.25}, {"cap": 3.0}, {"scale": 2.5, "cap": 2.0}])
 @pytest.mark.parametrize("vocabulary", [23, 5000])
 def test_cross_entropy(vocabulary: int, head: dict[str, Any], z_loss: float, dtype: torch.dtype) -> None:
-    products = draw(6, vocabulary, seed=1, dtype=dtype)
-    products[0, 7], products[1, 3] = 20.0, -20.0
-    targets = torch.tensor([7, 3, 0, vocabulary - 1, 5, 11], device=DEVICE)
-    exact = products.double().requires_grad_()
-    logits = exact * head.get("scale", 1.0)
-    if "cap" in head:
-        logits = head["cap"] * torch.tanh(logits / head["cap"])
-    wanted = F.cross_entropy(logits, targets, reduction="none") + z_loss * logits.logsumexp(1).square()
-    losses, right = fused.cross_entropy_(products, targets, z_loss=z_loss, **head)
-    torch.testing.assert_close(losses.double(), wanted.detach(), rtol=1e-5, atol=1e-5)
-    assert right.tolist() == (logits.argmax(1) == targets).tolist()
-    close(products, torch.autograd.grad(wanted.sum(), exact)[0])
+    check_cross_entropy(fused.cross_entropy_, vocabulary, head, z_loss, dtype, DEVICE)
 
 
 @pytest.mark.parametrize("n", [1, 16, 17, 50])
-def test_a_head_in_chunks(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
-    for name in ("CHUNK", "GPU_CHUNK"):
-        monkeypatch.setattr(cross_entropy, name, 16 * 23)
-    weight, targets = draw(23, 8, seed=1), torch.arange(n, device=DEVICE) % 23
-    both(
-        lambda hidden: linear_cross_entropy(hidden, targets, Head(weight))[0],
-        lambda hidden: F.cross_entropy(hidden @ weight.T.double(), targets, reduction="none"),
-        draw(n, 8, seed=2),
-    )
+def test_a_head_in_chunks(n: int) -> None:
+    check_chunks(n, DEVICE)
 
 
 def adapted(fast_path: bool, **settings: Any) -> Any:

@@ -7,14 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trivet.kernels import native
 from trivet.kernels.gate import silu_gate
 
-
-@pytest.fixture(autouse=True)
-def without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's operations, which stay where no C compiler is; test_native.py has the others."""
-    monkeypatch.setattr(native, "serves", lambda x: False)
+pytestmark = pytest.mark.usefixtures("without_a_compiler")  # test_native.py has the C kernels
 
 
 def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -8,14 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from trivet.kernels import native
 from trivet.kernels.norm import rms_norm
 
-
-@pytest.fixture(autouse=True)
-def without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's operations, which stay where no C compiler is; test_native.py has the others."""
-    monkeypatch.setattr(native, "serves", lambda x: False)
+pytestmark = pytest.mark.usefixtures("without_a_compiler")  # test_native.py has the C kernels
 
 
 def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -6,14 +6,9 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from trivet.kernels import native
 from trivet.kernels.rotation import rotate
 
-
-@pytest.fixture(autouse=True)
-def without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's operations, which stay where no C compiler is; test_native.py has the others."""
-    monkeypatch.setattr(native, "serves", lambda x: False)
+pytestmark = pytest.mark.usefixtures("without_a_compiler")  # test_native.py has the C kernels
 
 
 def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

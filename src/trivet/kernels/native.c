@@ -201,7 +201,7 @@ void rotate(int type, const void *x, const void *cosine, const void *sine, void 
 #pragma omp parallel for num_threads(threads) collapse(2)
     for (int64_t b = 0; b < batch; b++)
         for (int64_t l = 0; l < length; l++) {
-            float ca[PIECE], sa[PIECE], ua[PIECE], va[PIECE], first[PIECE], second[PIECE];
+            float ca[PIECE], sa[PIECE], ua[PIECE], va[PIECE], fa[PIECE], ga[PIECE];
             for (int64_t i = 0; i < half; i += PIECE) {
                 int64_t n = MIN(PIECE, half - i), angle = b * each + l * width + i;
                 const float *restrict c = read(type, cosine, angle, n, ca), *restrict s = read(type, sine, angle, n, sa);
@@ -209,17 +209,13 @@ void rotate(int type, const void *x, const void *cosine, const void *sine, void 
                     int64_t in = b * from[0] + h * from[1] + l * from[2] + i;
                     int64_t out = b * to[0] + h * to[1] + l * to[2] + i;
                     const float *restrict u = read(type, x, in, n, ua), *restrict v = read(type, x, in + half, n, va);
+                    float *restrict first = place(type, y, out, fa), *restrict second = place(type, y, out + half, ga);
                     for (int64_t j = 0; j < n; j++) {
                         first[j] = u[j] * c[j] - v[j] * s[j] * sign;
                         second[j] = v[j] * c[j] + u[j] * s[j] * sign;
                     }
-                    if (type == FLOAT32) {
-                        memcpy((float *)y + out, first, n * 4);
-                        memcpy((float *)y + out + half, second, n * 4);
-                    } else {
-                        put(type, y, out, n, first);
-                        put(type, y, out + half, n, second);
-                    }
+                    put(type, y, out, n, first);
+                    put(type, y, out + half, n, second);
                 }
             }
         }
@@ -236,7 +232,7 @@ static inline void seen(const uint16_t *x, int64_t i, int64_t n, int64_t visible
 /* In place, over the first `before + row % queries + 1` of a row's `keys` entries, and 0 behind; over all where queries is
  * 0. Whole vectors are read: what a query does not see is 0 by itself there. */
 void softmax(int type, uint16_t *x, int64_t rows, int64_t keys, int64_t queries, int64_t before, int threads) {
-    if (type != BFLOAT16) return; /* torch's own is as fast in float32 */
+    (void)type; /* native.py takes bfloat16 alone: torch's own is as fast in float32 */
 #pragma omp parallel for num_threads(threads)
     for (int64_t row = 0; row < rows; row++) {
         float a[PIECE], most = -INFINITY, sum = 0;
@@ -310,13 +306,13 @@ void cross_entropy(int type, void *products, const int64_t *targets, float *loss
         losses[row] = log_z - chosen + z_loss * log_z * log_z;
         right[row] = chosen >= most;
         float share = (float)((1.0f + 2.0f * z_loss * log_z) / sum); /* log_z in the power would bring its rounding */
+        float squashed = cap == 0 ? 0 : chosen / cap;
+        float exact = (power(chosen - most) * share - 1.0f) * scale * (1.0f - squashed * squashed);
         for (int64_t i = 0; i < vocabulary; i += PIECE) {
             int64_t n = MIN(PIECE, vocabulary - i);
             const float *v = read(type, products, start + i, n, a);
             float *out = place(type, products, start + i, b);
             int64_t here = target - i;
-            float squashed = chosen / (cap == 0 ? 1.0f : cap);
-            float exact = (power(chosen - most) * share - 1.0f) * scale * (cap == 0 ? 1.0f : 1.0f - squashed * squashed);
             if (cap == 0)
                 for (int64_t j = 0; j < n; j++) out[j] = power(v[j] * scale - most) * share * scale;
             else

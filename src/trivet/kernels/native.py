@@ -1,9 +1,9 @@
 """C kernels for CPUs: norms, gated activations, rotations, softmax and cross-entropy, each in one pass over memory.
 
-The counterpart of `trivet.kernels.fused`. torch takes several operations for each of these, rounds what lies between
-them to 16 bits, or copies all of it to float32 and back. `native.c` is compiled once a machine, by the C compiler that
-is found there, into trivet's cache (Triton does so with its launchers). Where there is none, torch's operations stay.
-Arithmetic is in float32, sums of long rows in float64.
+The counterpart of `trivet.kernels.fused`, with its functions and arguments. torch takes several operations for each of
+these, rounds what lies between them to 16 bits, or copies all of it to float32 and back. `native.c` is compiled once a
+machine, by the C compiler that is found there, into trivet's cache (Triton does so with its launchers). Where there is
+none, torch's operations stay. Arithmetic is in float32, sums of long rows in float64.
 """
 
 from __future__ import annotations
@@ -112,14 +112,11 @@ def _processor() -> str:
     return "".join(dict.fromkeys(line for line in lines if line.startswith(("model name", "flags", "CPU", "Features"))))
 
 
-def _threads(x: torch.Tensor) -> int:
-    return torch.get_num_threads() if x.numel() >= _ALONE else 1
-
-
 def _call(name: str, x: torch.Tensor, *arguments: torch.Tensor | int | float | ctypes.Array[ctypes.c_int64]) -> None:
     """A function of native.c, which takes x's type first and the number of threads last."""
-    given = [ctypes.c_int(_TYPES[x.dtype]), *(_argument(each) for each in arguments), ctypes.c_int(_threads(x))]
-    getattr(_library(), name)(*given)
+    threads = torch.get_num_threads() if x.numel() >= _ALONE else 1
+    given = (_argument(each) for each in arguments)
+    getattr(_library(), name)(ctypes.c_int(_TYPES[x.dtype]), *given, ctypes.c_int(threads))
 
 
 def _argument(value: torch.Tensor | int | float | ctypes.Array[ctypes.c_int64]) -> object:
@@ -134,7 +131,7 @@ def _argument(value: torch.Tensor | int | float | ctypes.Array[ctypes.c_int64]) 
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """weight · x / √(mean(x²) + eps) over the last dimension of a contiguous x, and 1 / √(…) of each row in float32."""
+    """As `fused.rms_norm`."""
     width = x.shape[-1]
     y, inverse = empty(*x.shape, like=x), x.new_empty(x.numel() // width, dtype=torch.float32)
     _call("rms_norm", x, x, weight, y, inverse, len(inverse), width, float(eps))
@@ -142,21 +139,21 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.T
 
 
 def rms_norm_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """The gradient in x, from that in the result; both contiguous."""
+    """As `fused.rms_norm_backward`."""
     out = empty(*x.shape, like=x)
     _call("rms_norm_backward", x, grad, x, weight, inverse, out, len(inverse), x.shape[-1])
     return out
 
 
 def silu_gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """gate · sigmoid(gate) · up of two contiguous tensors of one shape."""
+    """As `fused.silu_gate`."""
     out = empty(*gate.shape, like=gate)
     _call("silu_gate", gate, gate, up, out, gate.numel())
     return out
 
 
 def silu_gate_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients in gate and up, from that in the result; all contiguous."""
+    """As `fused.silu_gate_backward`."""
     in_gate, in_up = empty(*gate.shape, like=gate), empty(*up.shape, like=up)
     _call("silu_gate_backward", gate, grad, gate, up, in_gate, in_up, gate.numel())
     return in_gate, in_up
@@ -166,11 +163,7 @@ def silu_gate_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, back: bool = False) -> torch.Tensor:
-    """Each head's halves (a, b) to (a cos - b sin, b cos + a sin); `back` is the transpose, which gradients take.
-
-    Args:
-        x: (batch, heads, length, width), of any strides but the last, which is 1.
-        cos, sin: (batch or 1, length, width), contiguous; their first halves are read.
+    """As `fused.rotate`, of angles that both halves share.
 
     Returns:
         x's shape, laid out by head, as attention on CPUs reads it; with `back` as (batch, length, heads, width).
@@ -193,7 +186,12 @@ def softmax_(scores: torch.Tensor, queries: int = 0, before: int = 0) -> torch.T
         scores: (…, keys), bfloat16, contiguous; a row must have a finite entry.
         queries: where rows are query after query of `queries`, over and over, and causal: the first of them sees
             `before` keys and one more, the next another one; what a query does not see becomes 0. 0: all is seen.
+
+    Raises:
+        TypeError: scores of another type.
     """
+    if scores.dtype != torch.bfloat16:
+        raise TypeError(f"scores are {scores.dtype}; torch's own softmax is as fast but for bfloat16")
     keys = scores.shape[-1]
     _call("softmax", scores, scores, scores.numel() // keys, keys, queries, before)
     return scores
@@ -205,16 +203,7 @@ def softmax_(scores: torch.Tensor, queries: int = 0, before: int = 0) -> torch.T
 def cross_entropy_(
     products: torch.Tensor, targets: torch.Tensor, *, scale: float = 1.0, cap: float | None = None, z_loss: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses of the logits cap · tanh(scale · products / cap), whose place their gradients in `products` take.
-
-    Args:
-        products: (n, vocabulary), contiguous; overwritten.
-        targets: n ids, int64, contiguous.
-        scale, cap, z_loss: as in `trivet.kernels.cross_entropy`.
-
-    Returns:
-        losses (n,) float32, NaN where a target is no token; and whether none is likelier than the target, (n,) bool.
-    """
+    """As `fused.cross_entropy_`."""
     n, vocabulary = products.shape
     losses, right = products.new_empty(n, dtype=torch.float32), products.new_empty(n, dtype=torch.bool)
     settings = float(scale), float(cap or 0), float(z_loss)
