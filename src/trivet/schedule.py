@@ -6,6 +6,7 @@ from trivet import processes
 from trivet.config import Config
 from trivet.data.batch import MULTIPLE, tokens_of
 from trivet.data.encode import Encoded
+from trivet.kernels.product import size_step
 from trivet.train.sampler import TokenBudgetSampler
 
 
@@ -14,7 +15,9 @@ def token_batches(config: Config, rows: list[Encoded]) -> TokenBudgetSampler | N
     settings = config.training
     if settings.max_tokens_per_batch is None:
         return None
-    budget = settings.max_tokens_per_batch // MULTIPLE * MULTIPLE  # a batch of packed rows is rounded up as a whole
+    budget = settings.max_tokens_per_batch
+    step = max(MULTIPLE, size_step(budget)) if settings.packing else MULTIPLE
+    budget = budget // step * step  # a batch of packed rows is rounded up as a whole
     lengths = [tokens_of(row, 1 if settings.packing else MULTIPLE) for row in rows]
     return TokenBudgetSampler(lengths, budget, settings.seed, packed=bool(settings.packing))
 

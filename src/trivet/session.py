@@ -22,6 +22,7 @@ from trivet.data.encode import IGNORE, Encoded, LabelEncoder, TextEncoder, encod
 from trivet.errors import AdapterError, DataError
 from trivet.evaluate.measure import Evaluator, Settings
 from trivet.fast import speed_up
+from trivet.kernels.product import few_sizes
 from trivet.loss import training_loss
 from trivet.methods import find_method
 from trivet.model import Base, load_base
@@ -53,7 +54,9 @@ class Session:
 
     @property
     def collator(self) -> Collator:
-        return Collator(self.tokenizer.pad_token_id, shift=self.shift)
+        like = torch.empty(0, dtype=self.base.dtype, device=self.base.device)
+        sizes = partial(few_sizes, like=like)
+        return Collator(self.tokenizer.pad_token_id, shift=self.shift, few_sizes=sizes)
 
     def probe(self, rows: Sequence[Encoded] | None = None) -> dict[str, torch.Tensor]:
         """Two rows as model inputs, for comparing logits; made from the vocabulary where no rows are at hand."""

@@ -106,6 +106,21 @@ def test_any_shape(
     agree(*case(n, features, vocabulary, bias, scale=scale, cap=cap), z_loss=z_loss)
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_few_positions_more_change_nothing(monkeypatch: pytest.MonkeyPatch, biased: bool) -> None:
+    results, sizes = [], []
+    own = cross_entropy.mm
+    monkeypatch.setattr(cross_entropy, "mm", lambda a, *args, **more: sizes.append(len(a)) or own(a, *args, **more))
+    for more in (0, 5):
+        monkeypatch.setattr(cross_entropy, "few_sizes", lambda n, like, more=more: n + more)
+        hidden, targets, head = case(50, bias=biased)
+        losses, right = linear_cross_entropy(hidden, targets, head, z_loss=0.01)
+        losses.sum().backward()
+        results.append((losses, right.float(), hidden.grad))
+    assert sizes == [50, 50, 55, 55]
+    torch.testing.assert_close(*results)
+
+
 def test_no_position_at_all() -> None:
     hidden, targets, head = case(0)
     losses, right = linear_cross_entropy(hidden, targets, head)

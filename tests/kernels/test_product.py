@@ -20,10 +20,23 @@ from trivet.adapter.fast import FastLinear
 from trivet.adapter.layers import adapted_layers
 from trivet.fast import speed_up
 from trivet.kernels import product
-from trivet.kernels.product import addmm_, improves, linear, mm, multiplies, turns, widens
+from trivet.kernels.product import addmm_, few_sizes, improves, linear, mm, multiplies, turns, widens
 from trivet.loss import training_loss
 
 HALVES = [torch.bfloat16, torch.float16]
+
+
+@given(number=st.integers(0, 5000))
+def test_few_sizes(number: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(product, "multiplies", lambda dtype: dtype == torch.bfloat16)
+        found = few_sizes(number, like=torch.empty(0, dtype=torch.bfloat16))
+        assert number <= found <= number + number // 16 and few_sizes(found, like=torch.empty(0).bfloat16()) == found
+        for like in (torch.empty(0), torch.empty(0).half(), torch.empty(0, dtype=torch.bfloat16, device="meta")):
+            assert few_sizes(number, like=like) == number
+        if number & (number - 1) == 0:
+            sizes = {few_sizes(n, like=torch.empty(0).bfloat16()) for n in range(number, 2 * number)}
+            assert len(sizes) <= 17
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from trivet.configio import load
 from trivet.data.batch import Collator, halves, rows_in, tokens_in
 from trivet.data.encode import IGNORE, Encoded
 from trivet.errors import ConfigError
-from trivet.kernels import native
+from trivet.kernels import native, product
+from trivet.kernels.product import few_sizes
 from trivet.loss import training_loss
 from trivet.prepare import prepare
 from trivet.run import train
@@ -73,7 +75,10 @@ def test_batches_are_alike_for_a_seed_and_differ_between_epochs() -> None:
     assert list(one) != first and sorted(map(sorted, one)) == sorted(map(sorted, first))
 
 
-def test_a_run_with_a_token_budget_is_planned_as_it_goes_and_resumes_bit_for_bit(tiny: Any, tmp_path: Path) -> None:
+def test_a_run_with_a_token_budget_is_planned_as_it_goes_and_resumes_bit_for_bit(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(product, "multiplies", lambda dtype: True)
     folder = tiny("gpt2")
     write_jsonl(tmp_path / "rows.jsonl", ROWS)
     more = {
@@ -87,10 +92,12 @@ def test_a_run_with_a_token_budget_is_planned_as_it_goes_and_resumes_bit_for_bit
     ready = prepare(config, load_splits(config), Console(quiet=True))
     batches = token_batches(ready.config, ready.train_rows)
     assert batches is not None and len({len(batch) for batch in batches}) > 1
-    for packed in (False, True):  # counted as they are padded
-        grouped = token_batches(load(values=values | {"training.packing": packed}), ready.train_rows)
-        made = [Collator(0, packed=packed)([ready.train_rows[i] for i in batch]) for batch in grouped or ()]
-        assert made and all(batch["input_ids"].numel() <= 96 for batch in made)
+    for packed, most in ((False, 96), (True, 96), (True, 300)):  # counted as they are padded, or made one of few sizes
+        more = {"training.packing": packed, "training.max_tokens_per_batch": most}
+        grouped = token_batches(load(values=values | more), ready.train_rows)
+        collator = Collator(0, packed=packed, few_sizes=partial(few_sizes, like=torch.empty(0).bfloat16()))
+        made = [collator([ready.train_rows[i] for i in batch]) for batch in grouped or ()]
+        assert made and all(batch["input_ids"].numel() <= most for batch in made)
     outcome = train(config, console=Console(quiet=True))
     assert outcome.result["steps"] == planned_steps(ready.config, ready.train_rows) == 2 * len(batches)
 

@@ -28,7 +28,7 @@ class Collator:
     With `share`, what all of a batch's rows begin with (a template's head, an instruction) comes once, before them, and
     a mask lets each row see it: a causal model computes the same there for all of them, and its gradient is the sum of
     theirs (Wang & Hegde 2024, arXiv 2410.20305, for pairs of answers to one prompt). The first border says how long it
-    is.
+    is. `few_sizes` makes a packed batch's size one of a few, where a new one costs much.
     """
 
     pad_id: int
@@ -37,6 +37,7 @@ class Collator:
     shift: Callable[..., torch.Tensor] | None = None
     packed: bool = False
     share: bool = False
+    few_sizes: Callable[[int], int] = int
 
     def padded(self) -> Collator:
         """The same without packing."""
@@ -67,7 +68,8 @@ class Collator:
     def _pack(self, rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         shared = shared_length(rows) if self.share else 0
         lengths = [len(row["input_ids"]) - shared for row in rows]
-        rest = self._round(shared + sum(lengths)) - shared - sum(lengths)  # a last row, of padding or empty
+        size = self._round(self.few_sizes(shared + sum(lengths)))
+        rest = size - shared - sum(lengths)  # a last row, of padding or empty
         ids = [*rows[0]["input_ids"][:shared], *(i for row in rows for i in row["input_ids"][shared:])]
         labels = [*[IGNORE] * shared, *(label for row in rows for label in row["labels"][shared:])]
         positions = [torch.arange(shared), *(torch.arange(shared, shared + n) for n in (*lengths, rest))]

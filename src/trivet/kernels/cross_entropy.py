@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from trivet.kernels import fused, native
-from trivet.kernels.product import mm
+from trivet.kernels.product import few_sizes, mm
 
 #: Logits that are held at a time in 16 bits, and in 32 beside them; in float32 alone twice as many. Large enough for
 #: good matrix products (each reads the whole head), small enough to be a small part of a step's memory.
@@ -69,7 +70,13 @@ def linear_cross_entropy(
         equally likely it is the first, or in training, where finding that one would take time, any. The gradient
         reaches `hidden` alone.
     """
-    return _LinearCrossEntropy.apply(hidden, targets, head, z_loss)
+    n = len(hidden)
+    more = few_sizes(n, like=hidden) - n
+    if more == 0:
+        return _LinearCrossEntropy.apply(hidden, targets, head, z_loss)
+    enlarged = F.pad(hidden, (0, 0, 0, more)), F.pad(targets, (0, more))
+    losses, right = _LinearCrossEntropy.apply(*enlarged, head, z_loss)
+    return losses[:n], right[:n]
 
 
 def held_at_once(size: int) -> int:

@@ -8,8 +8,11 @@ result is rounded once: what a processor with such instructions computes, in flo
 With AVX2, a layer's output for a few rows, which is what writing an answer asks for token by token, takes two thirds of
 the time, down to a third, as (W xᵀ)ᵀ instead of x Wᵀ.
 
-With AMX and two threads, torch's library gives all of a product in 16 bits to one of them where it has about as many
-rows as columns. It is computed in halves there, which are divided well. Everywhere else these are torch's own products.
+Where it has them, torch's library makes code for each new shape, which takes as long as several products: numbers of
+rows that may as well be others come from a few (`few_sizes`).
+
+With AMX and two threads, the library gives all of a 16-bit product to one of them where it has about as many rows as
+columns. It is computed in halves there, which are divided well. Everywhere else these are torch's own products.
 """
 
 from __future__ import annotations
@@ -56,6 +59,22 @@ def turns(x: torch.Tensor) -> bool:
 def improves(x: torch.Tensor) -> bool:
     """Whether any product of x is computed otherwise than by torch."""
     return widens(x) or turns(x)
+
+
+def few_sizes(number: int, *, like: torch.Tensor) -> int:
+    """How many rows to give to products that need `number`: as many, or where each size costs, the next of a few.
+
+    Of 16-bit numbers like `like`, where the processor multiplies them, there are sixteen sizes for each doubling.
+    """
+    if like.device.type != "cpu" or like.element_size() != 2 or not multiplies(like.dtype):
+        return number
+    step = size_step(number)
+    return -(-number // step) * step
+
+
+def size_step(number: int) -> int:
+    """What lies between two of the few sizes near `number`."""
+    return 2 ** max(0, number.bit_length() - 5)
 
 
 def unrounded() -> torch.autocast:
