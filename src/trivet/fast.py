@@ -29,6 +29,7 @@ from trivet.kernels.gather import Padded, Unpadded
 from trivet.kernels.norm import layer_norm, rms_norm
 from trivet.kernels.product import improves, linear, widens
 from trivet.kernels.rotation import rotate
+from trivet.kernels.row_attention import row_attention, rows_between, serves
 
 #: What the attention is called in transformers' table.
 ATTENTION = "trivet"
@@ -92,10 +93,13 @@ def _says_no_more(mask: torch.Tensor | None, borders: torch.Tensor) -> bool:
 
 
 def _packed(query: Any, key: Any, value: Any, borders: torch.Tensor, scale: float | None, dropout: float) -> Any:
-    """Causal attention within rows that lie behind each other: each to itself in a padded batch, and back.
+    """Causal attention within rows that lie behind each other: by C, or each to itself in a padded batch, and back.
 
     What lies before the first row is the beginning of all of them: see `trivet.data.batch.Collator`.
     """
+    rows = rows_between(borders)
+    if not dropout and serves(query, key, value, rows):
+        return row_attention(query, key, value, rows, scale)
     shared, lengths = int(borders[0]), borders.diff().long()
     inside = torch.arange(int(lengths.max())) < lengths[:, None]
     places = torch.where(inside, borders[:-1, None] + torch.arange(inside.shape[1]), 0)

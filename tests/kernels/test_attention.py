@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from trivet.kernels.attention import _Attention, attention
 
+pytestmark = pytest.mark.usefixtures("without_a_compiler")  # test_row_attention.py has the C function
+
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)

@@ -12,6 +12,12 @@
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
+#ifdef _OPENMP
+#include <omp.h>
+#define THREAD omp_get_thread_num()
+#else
+#define THREAD 0
+#endif
 
 enum { FLOAT32, BFLOAT16 };
 enum { PIECE = 1024, VECTOR = 16 };
@@ -324,4 +330,228 @@ void cross_entropy(int type, void *products, const int64_t *targets, float *loss
             put(type, products, start + i, n, out);
         }
     }
+}
+
+/* -- causal attention within short rows ------------------------------------------------------------------------ */
+
+#ifdef __AVX512F__
+enum { LANES = 16 };
+#else
+enum { LANES = 8 };
+#endif
+enum { COLUMNS = 2 * LANES, QUERIES = 32 };
+typedef float lanes __attribute__((vector_size(LANES * 4)));
+
+static inline lanes load(const float *x) {
+    lanes y;
+    memcpy(&y, x, sizeof y);
+    return y;
+}
+
+/* COLUMNS of `rows` rows (4 at most, a constant) of c = a b, or c += a b. */
+static inline __attribute__((always_inline)) void tile(const int rows, float *c, int64_t ldc, const float *a,
+                                                       int64_t down, int64_t along, const float *b, int64_t ldb,
+                                                       int64_t terms, int more) {
+    lanes x[4] = {0}, y[4] = {0};
+    for (int r = 0; more && r < rows; r++) {
+        x[r] = load(c + r * ldc);
+        y[r] = load(c + r * ldc + LANES);
+    }
+    for (int64_t t = 0; t < terms; t++) {
+        lanes u = load(b + t * ldb), v = load(b + t * ldb + LANES);
+        for (int r = 0; r < rows; r++) {
+            float factor = a[r * down + t * along];
+            x[r] += factor * u;
+            y[r] += factor * v;
+        }
+    }
+    for (int r = 0; r < rows; r++) {
+        memcpy(c + r * ldc, x + r, sizeof x[r]);
+        memcpy(c + r * ldc + LANES, y + r, sizeof y[r]);
+    }
+}
+
+/* c (rows x columns) = a b, or += where `more`; a's entries lie `down` and `along` apart. Whole COLUMNS are written. */
+static void product(float *c, int64_t ldc, const float *a, int64_t down, int64_t along, const float *b, int64_t ldb,
+                    int64_t rows, int64_t columns, int64_t terms, int more) {
+    for (int64_t j = 0; j < columns; j += COLUMNS)
+        for (int64_t i = 0; i < rows; i += 4) {
+            float *to = c + i * ldc + j;
+            const float *from = a + i * down;
+            switch (rows - i) {
+            case 1: tile(1, to, ldc, from, down, along, b + j, ldb, terms, more); break;
+            case 2: tile(2, to, ldc, from, down, along, b + j, ldb, terms, more); break;
+            case 3: tile(3, to, ldc, from, down, along, b + j, ldb, terms, more); break;
+            default: tile(4, to, ldc, from, down, along, b + j, ldb, terms, more);
+            }
+        }
+}
+
+/* A tensor (batch, heads, tokens, width) with the strides of all but the last axis, which is in one piece. */
+typedef struct {
+    int type;
+    void *data;
+    const int64_t *strides;
+} tensor;
+
+static inline int64_t at(tensor x, int64_t batch, int64_t head, int64_t token) {
+    return batch * x.strides[0] + head * x.strides[1] + token * x.strides[2];
+}
+
+/* `count` tokens of one head, times `factor`, as the rows of y, which are `room` long and 0 behind. */
+static void take(tensor x, int64_t batch, int64_t head, int64_t token, int64_t count, int64_t width, float factor,
+                 float *y, int64_t room) {
+    for (int64_t i = 0; i < count; i++, y += room) {
+        const float *v = read(x.type, x.data, at(x, batch, head, token + i), width, y);
+        for (int64_t j = 0; j < width; j++) y[j] = v[j] * factor;
+        memset(y + width, 0, (room - width) * sizeof(float));
+    }
+}
+
+static void give(tensor x, int64_t batch, int64_t head, int64_t token, int64_t count, int64_t width, float factor,
+                 const float *y, int64_t room) {
+    for (int64_t i = 0; i < count; i++, y += room) {
+        float piece[PIECE];
+        int64_t here = at(x, batch, head, token + i);
+        float *to = place(x.type, x.data, here, piece);
+        for (int64_t j = 0; j < width; j++) to[j] = y[j] * factor;
+        put(x.type, x.data, here, width, to);
+    }
+}
+
+/* y (width x room) = the transpose of x (count x ldx); 0 behind `count`. */
+static void turn(const float *x, int64_t ldx, int64_t count, int64_t width, float *y, int64_t room) {
+    for (int64_t i = 0; i < width; i += LANES)
+        for (int64_t j = 0; j < count; j += LANES)
+            for (int64_t k = i; k < MIN(i + LANES, width); k++)
+                for (int64_t l = j; l < MIN(j + LANES, count); l++) y[k * room + l] = x[l * ldx + k];
+    for (int64_t k = 0; k < width; k++) memset(y + k * room + count, 0, (room - count) * sizeof(float));
+}
+
+/* softmax of `count` rows of scores, the first of which sees `visible` and each next one more; 0 up to `keys`. */
+static void weigh(float *scores, int64_t room, int64_t count, int64_t visible, int64_t keys) {
+    for (int64_t i = 0; i < count; i++, scores += room, visible++) {
+        int64_t end = (visible + VECTOR - 1) / VECTOR * VECTOR; /* whole vectors, of what is 0 by itself behind */
+        for (int64_t j = visible; j < end; j++) scores[j] = -INFINITY;
+        float most = largest(scores, end, -INFINITY), sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < end; j++) {
+            scores[j] = power(scores[j] - most);
+            sum += scores[j];
+        }
+        float share = 1.0f / sum;
+        for (int64_t j = 0; j < end; j++) scores[j] *= share;
+        memset(scores + end, 0, (keys - end) * sizeof(float));
+    }
+}
+
+/* Rows are (batch, first token, tokens, tokens before): keys are the batch's first tokens, so many as are before, and
+ * then the row's own. `scratch` has `each` numbers a thread; `keys` and `room` are the most keys and the width, rounded
+ * up to COLUMNS. */
+typedef struct {
+    const int64_t *rows;
+    int64_t count, heads, key_heads, width, keys, room, each;
+    float scale;
+} layout;
+
+static inline float *carve(float **scratch, int64_t count) {
+    float *found = *scratch;
+    *scratch += count;
+    return found;
+}
+
+static int64_t rounded(int64_t n) { return (n + COLUMNS - 1) / COLUMNS * COLUMNS; }
+
+static void attend(layout s, const int64_t *row, int64_t head, tensor q, tensor k, tensor v, tensor out, float *scratch) {
+    int64_t batch = row[0], first = row[1], length = row[2], before = row[3], seen = before + length;
+    int64_t keys = rounded(seen), shared = s.heads / s.key_heads;
+    float *values = carve(&scratch, s.keys * s.room), *turned = carve(&scratch, s.keys * s.room);
+    float *queries = carve(&scratch, QUERIES * s.room), *y = carve(&scratch, QUERIES * s.room);
+    float *scores = carve(&scratch, QUERIES * s.keys);
+    take(k, batch, head, 0, before, s.width, 1, values, s.room);
+    take(k, batch, head, first, length, s.width, 1, values + before * s.room, s.room);
+    turn(values, s.room, seen, s.width, turned, keys);
+    take(v, batch, head, 0, before, s.width, 1, values, s.room);
+    take(v, batch, head, first, length, s.width, 1, values + before * s.room, s.room);
+    for (int64_t h = head * shared; h < (head + 1) * shared; h++)
+        for (int64_t i = 0; i < length; i += QUERIES) {
+            int64_t count = MIN(QUERIES, length - i), end = before + i + count, some = rounded(end);
+            take(q, batch, h, first + i, count, s.width, s.scale, queries, s.room);
+            product(scores, keys, queries, s.room, 1, turned, keys, count, some, s.width, 0);
+            weigh(scores, keys, count, before + i + 1, some);
+            product(y, s.room, scores, keys, 1, values, s.room, count, s.width, end, 0);
+            give(out, batch, h, first + i, count, s.width, 1, y, s.room);
+        }
+}
+
+/* begun: (rows, key heads, 2, most before, width), what the row adds to the gradients of what is before it. */
+static void attend_backward(layout s, const int64_t *row, int64_t head, tensor g, tensor q, tensor k, tensor v, tensor dq,
+                            tensor dk, tensor dv, float *begun, int64_t most_before, float *scratch) {
+    int64_t batch = row[0], first = row[1], length = row[2], before = row[3], seen = before + length;
+    int64_t keys = rounded(seen), shared = s.heads / s.key_heads;
+    float *key = carve(&scratch, s.keys * s.room), *key_turned = carve(&scratch, s.keys * s.room);
+    float *value_turned = carve(&scratch, s.keys * s.room);
+    float *in_key = carve(&scratch, s.keys * s.room), *in_value = carve(&scratch, s.keys * s.room);
+    float *queries = carve(&scratch, QUERIES * s.room), *grads = carve(&scratch, QUERIES * s.room);
+    float *y = carve(&scratch, QUERIES * s.room);
+    float *p = carve(&scratch, QUERIES * s.keys), *dp = carve(&scratch, QUERIES * s.keys);
+    take(v, batch, head, 0, before, s.width, 1, key, s.room);
+    take(v, batch, head, first, length, s.width, 1, key + before * s.room, s.room);
+    turn(key, s.room, seen, s.width, value_turned, keys);
+    take(k, batch, head, 0, before, s.width, 1, key, s.room);
+    take(k, batch, head, first, length, s.width, 1, key + before * s.room, s.room);
+    turn(key, s.room, seen, s.width, key_turned, keys);
+    memset(in_key, 0, seen * s.room * sizeof(float));
+    memset(in_value, 0, seen * s.room * sizeof(float));
+    for (int64_t h = head * shared; h < (head + 1) * shared; h++)
+        for (int64_t i = 0; i < length; i += QUERIES) {
+            int64_t count = MIN(QUERIES, length - i), end = before + i + count, some = rounded(end);
+            take(q, batch, h, first + i, count, s.width, s.scale, queries, s.room);
+            take(g, batch, h, first + i, count, s.width, 1, grads, s.room);
+            product(p, keys, queries, s.room, 1, key_turned, keys, count, some, s.width, 0);
+            weigh(p, keys, count, before + i + 1, some);
+            product(in_value, s.room, p, 1, keys, grads, s.room, end, s.width, count, 1);
+            product(dp, keys, grads, s.room, 1, value_turned, keys, count, some, s.width, 0);
+            for (int64_t r = 0; r < count; r++) {
+                float *weights = p + r * keys, *slopes = dp + r * keys, mean = 0;
+#pragma omp simd reduction(+ : mean)
+                for (int64_t j = 0; j < end; j++) mean += weights[j] * slopes[j];
+                for (int64_t j = 0; j < end; j++) slopes[j] = weights[j] * (slopes[j] - mean);
+            }
+            product(in_key, s.room, dp, 1, keys, queries, s.room, end, s.width, count, 1);
+            product(y, s.room, dp, keys, 1, key, s.room, count, s.width, end, 0);
+            give(dq, batch, h, first + i, count, s.width, s.scale, y, s.room);
+        }
+    give(dk, batch, head, first, length, s.width, 1, in_key + before * s.room, s.room);
+    give(dv, batch, head, first, length, s.width, 1, in_value + before * s.room, s.room);
+    for (int64_t i = 0; i < before; i++) {
+        memcpy(begun + i * s.width, in_key + i * s.room, s.width * sizeof(float));
+        memcpy(begun + (most_before + i) * s.width, in_value + i * s.room, s.width * sizeof(float));
+    }
+}
+
+/* sizes: rows, heads, key heads, width, most keys, most before, numbers of a thread's scratch. */
+void row_attention(int type, void *q, const int64_t *q_strides, void *k, const int64_t *k_strides, void *v,
+                   const int64_t *v_strides, void *y, const int64_t *y_strides, const int64_t *rows,
+                   const int64_t *sizes, float *scratch, float scale, int threads) {
+    layout s = {rows, sizes[0], sizes[1], sizes[2], sizes[3], rounded(sizes[4]), rounded(sizes[3]), sizes[6], scale};
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int64_t task = 0; task < s.count * s.key_heads; task++)
+        attend(s, rows + 4 * (task / s.key_heads), task % s.key_heads, (tensor){type, q, q_strides},
+               (tensor){type, k, k_strides}, (tensor){type, v, v_strides}, (tensor){type, y, y_strides},
+               scratch + THREAD * s.each);
+}
+
+void row_attention_backward(int type, void *g, const int64_t *g_strides, void *q, const int64_t *q_strides, void *k,
+                            const int64_t *k_strides, void *v, const int64_t *v_strides, void *dq,
+                            const int64_t *dq_strides, void *dk, const int64_t *dk_strides, void *dv,
+                            const int64_t *dv_strides, const int64_t *rows, const int64_t *sizes, float *begun,
+                            float *scratch, float scale, int threads) {
+    layout s = {rows, sizes[0], sizes[1], sizes[2], sizes[3], rounded(sizes[4]), rounded(sizes[3]), sizes[6], scale};
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int64_t task = 0; task < s.count * s.key_heads; task++)
+        attend_backward(s, rows + 4 * (task / s.key_heads), task % s.key_heads, (tensor){type, g, g_strides},
+                        (tensor){type, q, q_strides}, (tensor){type, k, k_strides}, (tensor){type, v, v_strides},
+                        (tensor){type, dq, dq_strides}, (tensor){type, dk, dk_strides}, (tensor){type, dv, dv_strides},
+                        begun + task * 2 * sizes[5] * s.width, sizes[5], scratch + THREAD * s.each);
 }

@@ -171,7 +171,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, back: bool 
     batch, heads, length, width = x.shape
     out = empty(batch, length, heads, width, like=x).transpose(1, 2) if back else empty(*x.shape, like=x)
     each = 0 if len(cos) == 1 else length * width
-    strides = ((ctypes.c_int64 * 3)(*tensor.stride()[:3]) for tensor in (x, out))
+    strides = _strides(x), _strides(out)
     _call("rotate", x, x, cos, sin, out, batch, heads, length, width, *strides, each, -1.0 if back else 1.0)
     return out
 
@@ -195,6 +195,62 @@ def softmax_(scores: torch.Tensor, queries: int = 0, before: int = 0) -> torch.T
     keys = scores.shape[-1]
     _call("softmax", scores, scores, scores.numel() // keys, keys, queries, before)
     return scores
+
+
+# -- attention within rows -----------------------------------------------------------------------------------------
+
+#: Numbers of a head.
+WIDEST = 1024
+_COLUMNS, _QUERIES = 32, 32
+
+
+def row_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, rows: torch.Tensor, scale: float
+) -> None:
+    """Into `out`, (batch, heads, tokens, width): see `trivet.kernels.row_attention`."""
+    sizes, scratch = _sizes(query, key, rows, kept=2)
+    tensors = (part for each in (query, key, value, out) for part in (each, _strides(each)))
+    _call("row_attention", query, *tensors, rows, sizes, scratch, scale)
+
+
+def row_attention_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    in_query: torch.Tensor,
+    in_key: torch.Tensor,
+    in_value: torch.Tensor,
+    rows: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """The gradients, into the tensors given for them.
+
+    Returns:
+        (rows, key heads, 2, most before, width) float32: what each row adds to the gradients of the keys and values of
+        what is before it. The tensors have what it adds to its own.
+    """
+    sizes, scratch = _sizes(query, key, rows, kept=5)
+    begun = scratch.new_zeros(len(rows), key.shape[1], 2, sizes[5], query.shape[-1])
+    given = (grad, query, key, value, in_query, in_key, in_value)
+    tensors = (part for each in given for part in (each, _strides(each)))
+    _call("row_attention_backward", query, *tensors, rows, sizes, begun, scratch, scale)
+    return begun
+
+
+def _sizes(
+    query: torch.Tensor, key: torch.Tensor, rows: torch.Tensor, kept: int
+) -> tuple[ctypes.Array[ctypes.c_int64], torch.Tensor]:
+    """What native.c has to know, and memory for its threads, of which each keeps so many of a row's keys and values."""
+    most, before = int((rows[:, 2] + rows[:, 3]).max()), int(rows[:, 3].max())
+    keys, width = (-(-n // _COLUMNS) * _COLUMNS for n in (most, query.shape[-1]))
+    each = kept * keys * width + _QUERIES * (2 * keys + 3 * width)
+    sizes = (ctypes.c_int64 * 7)(len(rows), query.shape[1], key.shape[1], query.shape[-1], most, before, each)
+    return sizes, query.new_empty(torch.get_num_threads() * each, dtype=torch.float32)
+
+
+def _strides(x: torch.Tensor) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * 3)(*x.stride()[:3])
 
 
 # -- cross-entropy -----------------------------------------------------------------------------------------------------

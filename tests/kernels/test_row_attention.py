@@ -1,0 +1,129 @@
+"""Causal attention within rows, in C: torch's own in float64, what rows share, and where it is used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from exact import draw
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trivet.kernels import attention, native, row_attention
+from trivet.kernels.row_attention import rows_between, rows_of, serves
+
+pytestmark = pytest.mark.skipif(native.compiler() is None, reason="no C compiler is on this machine")
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def inputs(
+    tokens: int, heads: int, key_heads: int, width: int, dtype: torch.dtype, batch: int = 1, seed: int = 0
+) -> list[torch.Tensor]:
+    """Queries laid out by head, keys by token and values as a part of something wider, as models have them."""
+    q = draw(batch, heads, tokens, width, seed=seed, dtype=dtype)
+    k = draw(batch, tokens, key_heads, width, seed=seed + 1, dtype=dtype).transpose(1, 2)
+    v = draw(batch, tokens, key_heads, 2 * width, seed=seed + 2, dtype=dtype)[..., width:].transpose(1, 2)
+    return [each.detach().requires_grad_() for each in (q, k, v)]
+
+
+def seen(rows: torch.Tensor, batch: int, tokens: int) -> torch.Tensor:
+    mask = torch.zeros(batch, 1, tokens, tokens, dtype=torch.bool)
+    for place, first, length, before in rows.tolist():
+        own = slice(first, first + length)
+        mask[place, 0, own, own] = torch.ones(length, length, dtype=torch.bool).tril_()
+        mask[place, 0, own, :before] = True
+    return mask
+
+
+def near(found: torch.Tensor, exact: torch.Tensor) -> None:
+    """Within two roundings of bfloat16's, and what sums of up to 200 float32 numbers have."""
+    share = 2 * torch.finfo(torch.bfloat16).eps if found.dtype == torch.bfloat16 else 1e-5
+    most = share * max(1.0, float(exact.detach().abs().max()))
+    torch.testing.assert_close(found.double(), exact.double(), rtol=0, atol=most)
+
+
+def agree(qkv: list[torch.Tensor], rows: torch.Tensor, scale: float | None = None) -> None:
+    batch, heads, tokens, width = qkv[0].shape
+    weights = draw(batch, tokens, heads, width, seed=7, dtype=qkv[0].dtype)
+    y = row_attention.row_attention(*qkv, rows, scale)
+    assert y.shape == weights.shape and y.is_contiguous() and y.dtype == weights.dtype
+    wide = [each.detach().double().requires_grad_() for each in qkv]
+    mask = seen(rows, batch, tokens)
+    exact = F.scaled_dot_product_attention(*wide, attn_mask=mask, enable_gqa=True, scale=scale).transpose(1, 2)
+    found = [y, *torch.autograd.grad(y, qkv, weights)]
+    for one, other in zip(found, [exact, *torch.autograd.grad(exact, wide, weights.double())], strict=True):
+        near(one, other)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 70), min_size=1, max_size=5).filter(any),
+    shared=st.sampled_from([0, 0, 1, 20, 40]),
+    heads=st.sampled_from([(1, 1), (3, 3), (6, 2), (4, 1)]),
+    width=st.sampled_from([4, 16, 32, 40, 64]),
+    dtype=st.sampled_from(DTYPES),
+    scale=st.sampled_from([None, 0.3]),
+)
+def test_packed_rows(
+    lengths: list[int], shared: int, heads: tuple[int, int], width: int, dtype: torch.dtype, scale: float | None
+) -> None:
+    borders = torch.tensor([shared, *lengths]).cumsum(0).int()
+    rows = rows_between(borders)
+    assert rows[:, 2].sum() == borders[-1]
+    agree(inputs(int(borders[-1]), *heads, width, dtype), rows, scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 200])
+def test_rows_of_a_batch(length: int, dtype: torch.dtype) -> None:
+    agree(inputs(length, 4, 2, 16, dtype, batch=3), rows_of(3, length))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_scores(dtype: torch.dtype) -> None:
+    q, k, v = inputs(50, 2, 2, 16, dtype)
+    agree([(40 * q).detach().requires_grad_(), k, v], rows_of(1, 50))
+
+
+def test_what_is_not_a_number_stays_in_its_row() -> None:
+    q, k, v = inputs(30, 2, 2, 16, torch.float32)
+    with torch.no_grad():
+        k[0, 0, 4, 3] = torch.nan
+    y = row_attention.row_attention(q, k, v, rows_between(torch.tensor([0, 10, 30])))
+    hurt = y.isnan().any(-1)[0]
+    assert hurt[4:10, 0].all() and not hurt[:4].any() and not hurt[10:].any() and not hurt[:, 1].any()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_results_do_not_depend_on_the_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    qkv, rows = inputs(300, 4, 2, 32, torch.bfloat16), rows_between(torch.tensor([20, 90, 91, 160, 300]))
+    results = []
+    for count in (1, threads):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
+        y = row_attention.row_attention(*qkv, rows)
+        results.append([y, *torch.autograd.grad(y, qkv, torch.ones_like(y))])
+    assert all(map(torch.equal, *results))
+
+
+def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    q, k, v = inputs(64, 4, 4, 64, torch.float32, batch=2)
+    assert serves(q, k, v, rows_of(2, 64))
+    assert not serves(q, k, v, rows_of(2, 4096))  # long
+    assert not serves(q[:1], k[:1], v[:1], rows_of(1, 64))  # too few pieces for two threads
+    assert not serves(q, k, v[..., :32], rows_of(2, 64)) and not serves(q, k, v.bfloat16(), rows_of(2, 64))
+    assert not serves(*(each.double() for each in (q, k, v)), rows_of(2, 64))
+    turned = q.transpose(2, 3).contiguous().transpose(2, 3)
+    assert not serves(turned, k, v, rows_of(2, 64))
+
+    calls: list[Any] = []
+    own = row_attention.row_attention
+    monkeypatch.setattr(attention, "row_attention", lambda *args: calls.append(args) or own(*args))
+    near(attention.attention(q, k, v, causal=True), attention._Attention.apply(q, k, v, None, True, 1 / 8, 0.0, None))
+    assert len(calls) == 1
+    attention.attention(q, k, v)
+    attention.attention(q, k, v, causal=True, dropout=0.1)
+    attention.attention(q[:, :, 32:], k, v, causal=True)
+    assert len(calls) == 1
