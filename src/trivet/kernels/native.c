@@ -1,5 +1,5 @@
 /* The CPU's counterpart of fused.py: norms, gated activations, rotary positions, softmax and cross-entropy, each in one
- * pass over memory. Numbers are float32 or bfloat16 in memory and float32 in between; `native.py` compiles this file
+ * pass over memory; and causal attention within rows. Numbers are float32 or bfloat16 in memory and float32 in between; `native.py` compiles this file
  * and says what each function computes.
  *
  * Rows are read in pieces of PIECE numbers that stay in the first cache, so that one code serves both types. NaN and

@@ -1,4 +1,5 @@
-"""C kernels for CPUs: norms, gated activations, rotations, softmax and cross-entropy, each in one pass over memory.
+"""C kernels for CPUs: norms, gated activations, rotations, softmax and cross-entropy, each in one pass over memory, and
+attention within rows.
 
 The counterpart of `trivet.kernels.fused`, with its functions and arguments. torch takes several operations for each of
 these, rounds what lies between them to 16 bits, or copies all of it to float32 and back. `native.c` is compiled once a
