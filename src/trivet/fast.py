@@ -98,8 +98,8 @@ def _packed(query: Any, key: Any, value: Any, borders: torch.Tensor, scale: floa
     What lies before the first row is the beginning of all of them: see `trivet.data.batch.Collator`.
     """
     rows = rows_between(borders)
-    if not dropout and serves(query, key, value, rows):
-        return row_attention(query, key, value, rows, scale)
+    if serves(query, key, value, rows):
+        return row_attention(query, key, value, rows, scale, dropout)
     shared, lengths = int(borders[0]), borders.diff().long()
     inside = torch.arange(int(lengths.max())) < lengths[:, None]
     places = torch.where(inside, borders[:-1, None] + torch.arange(inside.shape[1]), 0)

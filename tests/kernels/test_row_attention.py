@@ -28,12 +28,11 @@ def inputs(
     return [each.detach().requires_grad_() for each in (q, k, v)]
 
 
-def seen(rows: torch.Tensor, batch: int, tokens: int) -> torch.Tensor:
-    mask = torch.zeros(batch, 1, tokens, tokens, dtype=torch.bool)
-    for place, first, length, before in rows.tolist():
-        own = slice(first, first + length)
-        mask[place, 0, own, own] = torch.ones(length, length, dtype=torch.bool).tril_()
-        mask[place, 0, own, :before] = True
+def seen(rows: torch.Tensor, batch: int, queries: int, keys: int) -> torch.Tensor:
+    mask = torch.zeros(batch, 1, queries, keys, dtype=torch.bool)
+    for place, first, length, before, own in rows.tolist():
+        mask[place, 0, first : first + length, :before] = True
+        mask[place, 0, first : first + own, first : first + own] = torch.ones(own, own, dtype=torch.bool).tril_()
     return mask
 
 
@@ -45,12 +44,12 @@ def near(found: torch.Tensor, exact: torch.Tensor) -> None:
 
 
 def agree(qkv: list[torch.Tensor], rows: torch.Tensor, scale: float | None = None) -> None:
-    batch, heads, tokens, width = qkv[0].shape
-    weights = draw(batch, tokens, heads, width, seed=7, dtype=qkv[0].dtype)
+    batch, heads, queries, width = qkv[0].shape
+    weights = draw(batch, queries, heads, width, seed=7, dtype=qkv[0].dtype)
     y = row_attention.row_attention(*qkv, rows, scale)
     assert y.shape == weights.shape and y.is_contiguous() and y.dtype == weights.dtype
     wide = [each.detach().double().requires_grad_() for each in qkv]
-    mask = seen(rows, batch, tokens)
+    mask = seen(rows, batch, queries, qkv[1].shape[2])
     exact = F.scaled_dot_product_attention(*wide, attn_mask=mask, enable_gqa=True, scale=scale).transpose(1, 2)
     found = [y, *torch.autograd.grad(y, qkv, weights)]
     for one, other in zip(found, [exact, *torch.autograd.grad(exact, wide, weights.double())], strict=True):
@@ -77,14 +76,86 @@ def test_packed_rows(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 200])
-def test_rows_of_a_batch(length: int, dtype: torch.dtype) -> None:
-    agree(inputs(length, 4, 2, 16, dtype, batch=3), rows_of(3, length))
+@pytest.mark.parametrize("causal", [True, False])
+def test_rows_of_a_batch(causal: bool, length: int, dtype: torch.dtype) -> None:
+    qkv = inputs(length, 4, 2, 16, dtype, batch=3)
+    rows = rows_of(qkv[0], qkv[1], None, causal=causal)
+    assert rows is not None
+    agree(qkv, rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("queries", "keys"), [(40, 40), (7, 100), (70, 33)])
+def test_padding_on_the_right(queries: int, keys: int, dtype: torch.dtype) -> None:
+    """Padding as queries sees what the others see, and has no gradient as keys."""
+    q, (_, k, v) = inputs(queries, 4, 2, 16, dtype, batch=3)[0], inputs(keys, 4, 2, 16, dtype, batch=3, seed=4)
+    counts = torch.tensor([keys, 5, keys - 1])
+    mask = (torch.arange(keys) < counts[:, None])[:, None, None]
+    for given_mask in (mask, mask.expand(-1, -1, queries, -1)):
+        rows = rows_of(q, k, given_mask, causal=False)
+        assert rows is not None and rows[:, 3].tolist() == counts.tolist()
+        agree([q, k, v], rows)
+
+
+def test_masks_that_say_more_are_left_alone() -> None:
+    q, k, _ = inputs(6, 2, 2, 8, torch.float32, batch=2)
+    mask = torch.ones(2, 1, 6, 6, dtype=torch.bool)
+    assert rows_of(q, k, mask, causal=False) is not None and rows_of(q, k, mask, causal=True) is None
+    assert rows_of(q, k[:, :, :4], None, causal=True) is None
+    others = [mask.tril(), mask.float(), mask.expand(2, 2, 6, 6), mask[0, 0], mask & (torch.arange(6) > 2)]
+    middle = mask.clone()
+    middle[1, 0, :, 2] = False
+    nothing = mask.clone()
+    nothing[1] = False
+    assert all(rows_of(q, k, other, causal=False) is None for other in (*others, middle, nothing))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_scores(dtype: torch.dtype) -> None:
     q, k, v = inputs(50, 2, 2, 16, dtype)
-    agree([(40 * q).detach().requires_grad_(), k, v], rows_of(1, 50))
+    agree([(40 * q).detach().requires_grad_(), k, v], rows_between(torch.tensor([0, 50])))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_dropout(causal: bool) -> None:
+    """One-hot values show the weights; the backward pass draws the same ones, and each call draws anew."""
+    q, k, _ = inputs(48, 4, 2, 48, torch.float32, batch=2)
+    v = torch.eye(48).expand(2, 2, 48, 48)
+    rows = rows_of(q, k, None, causal=causal)
+    assert rows is not None
+
+    def weights(dropout: float) -> torch.Tensor:
+        return row_attention.row_attention(q, k, v, rows, None, dropout).transpose(1, 2)
+
+    whole = weights(0.0)
+    torch.manual_seed(0)
+    first, second = weights(0.3), weights(0.3)
+    torch.manual_seed(0)
+    assert torch.equal(weights(0.3), first) and not torch.equal(first, second)
+    able = whole > 0
+    kept = (first > 0)[able]
+    torch.testing.assert_close(first[able][kept], whole[able][kept] / 0.7)
+    assert float(kept.float().mean()) == pytest.approx(0.7, abs=0.02)
+    places = (first > 0).float()
+    if not causal:  # neighbours, heads and rows of a batch are drawn apart
+        for one, other in ((places[0], places[1]), (places[:, 0], places[:, 1]), (places[..., 1:], places[..., :-1])):
+            both = torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))
+            assert abs(float(both[0, 1])) < 0.05
+
+    v = draw(2, 2, 48, 48, seed=5).requires_grad_()
+    torch.manual_seed(0)
+    y = row_attention.row_attention(q, k, v, rows, None, 0.3)
+    w = draw(*y.shape, seed=6)
+    mask = seen(rows, 2, 48, 48)
+    wide = [each.detach().double().requires_grad_() for each in (q, k, v)]
+    scores = wide[0] @ wide[1].repeat_interleave(2, 1).mT / 48**0.5
+    exact = torch.softmax(scores.masked_fill(~mask, -torch.inf), -1) * (first > 0) / 0.7
+    exact = (exact @ wide[2].repeat_interleave(2, 1)).transpose(1, 2)
+    near(y, exact)
+    for one, other in zip(
+        torch.autograd.grad(y, (q, k, v), w), torch.autograd.grad(exact, wide, w.double()), strict=True
+    ):
+        near(one, other)
 
 
 def test_what_is_not_a_number_stays_in_its_row() -> None:
@@ -102,7 +173,8 @@ def test_results_do_not_depend_on_the_threads(threads: int, monkeypatch: pytest.
     results = []
     for count in (1, threads):
         monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
-        y = row_attention.row_attention(*qkv, rows)
+        torch.manual_seed(0)
+        y = row_attention.row_attention(*qkv, rows, None, 0.1)
         results.append([y, *torch.autograd.grad(y, qkv, torch.ones_like(y))])
     assert all(map(torch.equal, *results))
 
@@ -110,20 +182,22 @@ def test_results_do_not_depend_on_the_threads(threads: int, monkeypatch: pytest.
 def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     q, k, v = inputs(64, 4, 4, 64, torch.float32, batch=2)
-    assert serves(q, k, v, rows_of(2, 64))
-    assert not serves(q, k, v, rows_of(2, 4096))  # long
-    assert not serves(q[:1], k[:1], v[:1], rows_of(1, 64))  # too few pieces for two threads
-    assert not serves(q, k, v[..., :32], rows_of(2, 64)) and not serves(q, k, v.bfloat16(), rows_of(2, 64))
-    assert not serves(*(each.double() for each in (q, k, v)), rows_of(2, 64))
+    rows = torch.tensor([[place, 0, 64, 0, 64] for place in range(2)])
+    assert serves(q, k, v, rows)
+    assert not serves(q, k, v, 64 * rows)  # long
+    assert not serves(q[:1], k[:1], v[:1], rows[:1])  # too few pieces for two threads
+    assert not serves(q, k, v[..., :32], rows) and not serves(q, k, v.bfloat16(), rows)
+    assert not serves(*(each.double() for each in (q, k, v)), rows)
     turned = q.transpose(2, 3).contiguous().transpose(2, 3)
-    assert not serves(turned, k, v, rows_of(2, 64))
+    assert not serves(turned, k, v, rows)
 
     calls: list[Any] = []
     own = row_attention.row_attention
     monkeypatch.setattr(attention, "row_attention", lambda *args: calls.append(args) or own(*args))
     near(attention.attention(q, k, v, causal=True), attention._Attention.apply(q, k, v, None, True, 1 / 8, 0.0, None))
-    assert len(calls) == 1
     attention.attention(q, k, v)
     attention.attention(q, k, v, causal=True, dropout=0.1)
+    assert len(calls) == 3 and calls[2][-1] == 0.1
     attention.attention(q[:, :, 32:], k, v, causal=True)
-    assert len(calls) == 1
+    attention.attention(q, k, v, torch.ones(64, 64, dtype=torch.bool).tril_())
+    assert len(calls) == 3

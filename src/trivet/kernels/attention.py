@@ -1,6 +1,6 @@
 """Exact attention in blocks of queries, for CPUs: as memory-lean as flash attention, and several times as fast.
 
-Where attention is causal and rows are not long, `row_attention.py` is faster still.
+Where rows are not long and no mask but that of padding is there, `row_attention.py` is faster still.
 
 A block's scores are one batched product over all query heads that share a key head, so keys and values are never
 repeated. Probabilities are not kept but computed again in the backward pass (Dao et al. 2022, arXiv 2205.14135,
@@ -52,10 +52,9 @@ def attention(
     Returns:
         (batch, queries, heads, width), contiguous: ready to be viewed as (batch, queries, features).
     """
-    if causal and mask is None and not dropout:
-        rows = rows_of(len(query), query.shape[2])
-        if query.shape[2] == key.shape[2] and serves(query, key, value, rows):
-            return row_attention(query, key, value, rows, scale)
+    rows = rows_of(query, key, mask, causal=causal)
+    if rows is not None and serves(query, key, value, rows):
+        return row_attention(query, key, value, rows, scale, dropout)
     if widens(query):
         q, k, v = (t.float() for t in (query, key, value))
         with unrounded():

@@ -1,5 +1,5 @@
 /* The CPU's counterpart of fused.py: norms, gated activations, rotary positions, softmax and cross-entropy, each in one
- * pass over memory; and causal attention within rows. Numbers are float32 or bfloat16 in memory and float32 in between; `native.py` compiles this file
+ * pass over memory; and attention within rows. Numbers are float32 or bfloat16 in memory and float32 in between; `native.py` compiles this file
  * and says what each function computes.
  *
  * Rows are read in pieces of PIECE numbers that stay in the first cache, so that one code serves both types. NaN and
@@ -332,7 +332,7 @@ void cross_entropy(int type, void *products, const int64_t *targets, float *loss
     }
 }
 
-/* -- causal attention within short rows ------------------------------------------------------------------------ */
+/* -- attention within rows ------------------------------------------------------------------------------------ */
 
 #ifdef __AVX512F__
 enum { LANES = 16 };
@@ -428,9 +428,9 @@ static void turn(const float *x, int64_t ldx, int64_t count, int64_t width, floa
     for (int64_t k = 0; k < width; k++) memset(y + k * room + count, 0, (room - count) * sizeof(float));
 }
 
-/* softmax of `count` rows of scores, the first of which sees `visible` and each next one more; 0 up to `keys`. */
-static void weigh(float *scores, int64_t room, int64_t count, int64_t visible, int64_t keys) {
-    for (int64_t i = 0; i < count; i++, scores += room, visible++) {
+/* softmax of `count` rows of scores, the first of which sees `visible` and each next one `more` more; 0 up to `keys`. */
+static void weigh(float *scores, int64_t room, int64_t count, int64_t visible, int64_t more, int64_t keys) {
+    for (int64_t i = 0; i < count; i++, scores += room, visible += more) {
         int64_t end = (visible + VECTOR - 1) / VECTOR * VECTOR; /* whole vectors, of what is 0 by itself behind */
         for (int64_t j = visible; j < end; j++) scores[j] = -INFINITY;
         float most = largest(scores, end, -INFINITY), sum = 0;
@@ -445,14 +445,32 @@ static void weigh(float *scores, int64_t room, int64_t count, int64_t visible, i
     }
 }
 
-/* Rows are (batch, first token, tokens, tokens before): keys are the batch's first tokens, so many as are before, and
- * then the row's own. `scratch` has `each` numbers a thread; `keys` and `room` are the most keys and the width, rounded
- * up to COLUMNS. */
+static inline uint32_t mixed(uint32_t x) { /* MurmurHash3's last step */
+    x = (x ^ (x >> 16)) * 0x85ebca6bu;
+    x = (x ^ (x >> 13)) * 0xc2b2ae35u;
+    return x ^ (x >> 16);
+}
+
+/* Rows are (batch, first query, queries, keys before, own keys). Keys are the batch's first ones, so many as are before,
+ * and where own keys are as many as queries, also these, of which a query sees those up to its own; else there are none.
+ * `scratch` has `each` numbers a thread; `keys` and `room` are the most keys and the width, rounded up to COLUMNS. What
+ * is dropped of the weights, a share of dropped / 2^32, is drawn from the seed and the weight's place. */
 typedef struct {
     const int64_t *rows;
-    int64_t count, heads, key_heads, width, keys, room, each;
-    float scale;
+    int64_t count, heads, key_heads, width, keys, room, each, key_tokens, dropped, seed;
+    float scale, kept;
 } layout;
+
+/* y = x where it is kept, times 1 / the share that is kept, else 0. */
+static void drop(layout s, int64_t batch, int64_t head, int64_t query, const float *x, float *y, int64_t room,
+                 int64_t count, int64_t keys) {
+    for (int64_t i = 0; i < count; i++, x += room, y += room) {
+        uint32_t place = mixed((uint32_t)(query + i) ^ mixed((uint32_t)(batch * s.heads + head)));
+        uint32_t start = (uint32_t)s.seed ^ mixed((uint32_t)(s.seed >> 32) ^ place), limit = (uint32_t)s.dropped;
+        for (int64_t j = 0; j < keys; j++)
+            y[j] = mixed(start + (uint32_t)j * 0x9e3779b9u) >= limit ? x[j] * s.kept : 0.0f;
+    }
+}
 
 static inline float *carve(float **scratch, int64_t count) {
     float *found = *scratch;
@@ -462,56 +480,60 @@ static inline float *carve(float **scratch, int64_t count) {
 
 static int64_t rounded(int64_t n) { return (n + COLUMNS - 1) / COLUMNS * COLUMNS; }
 
+static void take_keys(layout s, const int64_t *row, int64_t head, tensor x, float *y) {
+    take(x, row[0], head, 0, row[3], s.width, 1, y, s.room);
+    take(x, row[0], head, row[1], row[4], s.width, 1, y + row[3] * s.room, s.room);
+}
+
 static void attend(layout s, const int64_t *row, int64_t head, tensor q, tensor k, tensor v, tensor out, float *scratch) {
-    int64_t batch = row[0], first = row[1], length = row[2], before = row[3], seen = before + length;
-    int64_t keys = rounded(seen), shared = s.heads / s.key_heads;
+    int64_t batch = row[0], first = row[1], length = row[2], before = row[3], causal = row[4] > 0;
+    int64_t seen = before + row[4], keys = rounded(seen), shared = s.heads / s.key_heads;
     float *values = carve(&scratch, s.keys * s.room), *turned = carve(&scratch, s.keys * s.room);
     float *queries = carve(&scratch, QUERIES * s.room), *y = carve(&scratch, QUERIES * s.room);
     float *scores = carve(&scratch, QUERIES * s.keys);
-    take(k, batch, head, 0, before, s.width, 1, values, s.room);
-    take(k, batch, head, first, length, s.width, 1, values + before * s.room, s.room);
+    take_keys(s, row, head, k, values);
     turn(values, s.room, seen, s.width, turned, keys);
-    take(v, batch, head, 0, before, s.width, 1, values, s.room);
-    take(v, batch, head, first, length, s.width, 1, values + before * s.room, s.room);
+    take_keys(s, row, head, v, values);
     for (int64_t h = head * shared; h < (head + 1) * shared; h++)
         for (int64_t i = 0; i < length; i += QUERIES) {
-            int64_t count = MIN(QUERIES, length - i), end = before + i + count, some = rounded(end);
+            int64_t count = MIN(QUERIES, length - i), end = causal ? before + i + count : before, some = rounded(end);
             take(q, batch, h, first + i, count, s.width, s.scale, queries, s.room);
             product(scores, keys, queries, s.room, 1, turned, keys, count, some, s.width, 0);
-            weigh(scores, keys, count, before + i + 1, some);
+            weigh(scores, keys, count, causal ? before + i + 1 : before, causal, some);
+            if (s.dropped) drop(s, batch, h, first + i, scores, scores, keys, count, end);
             product(y, s.room, scores, keys, 1, values, s.room, count, s.width, end, 0);
             give(out, batch, h, first + i, count, s.width, 1, y, s.room);
         }
 }
 
-/* begun: (rows, key heads, 2, most before, width), what the row adds to the gradients of what is before it. */
+/* begun: (rows, key heads, 2, most before, width), what a causal row adds to the gradients of what is before it. */
 static void attend_backward(layout s, const int64_t *row, int64_t head, tensor g, tensor q, tensor k, tensor v, tensor dq,
                             tensor dk, tensor dv, float *begun, int64_t most_before, float *scratch) {
-    int64_t batch = row[0], first = row[1], length = row[2], before = row[3], seen = before + length;
-    int64_t keys = rounded(seen), shared = s.heads / s.key_heads;
+    int64_t batch = row[0], first = row[1], length = row[2], before = row[3], causal = row[4] > 0;
+    int64_t seen = before + row[4], keys = rounded(seen), shared = s.heads / s.key_heads;
     float *key = carve(&scratch, s.keys * s.room), *key_turned = carve(&scratch, s.keys * s.room);
     float *value_turned = carve(&scratch, s.keys * s.room);
     float *in_key = carve(&scratch, s.keys * s.room), *in_value = carve(&scratch, s.keys * s.room);
     float *queries = carve(&scratch, QUERIES * s.room), *grads = carve(&scratch, QUERIES * s.room);
     float *y = carve(&scratch, QUERIES * s.room);
     float *p = carve(&scratch, QUERIES * s.keys), *dp = carve(&scratch, QUERIES * s.keys);
-    take(v, batch, head, 0, before, s.width, 1, key, s.room);
-    take(v, batch, head, first, length, s.width, 1, key + before * s.room, s.room);
+    take_keys(s, row, head, v, key);
     turn(key, s.room, seen, s.width, value_turned, keys);
-    take(k, batch, head, 0, before, s.width, 1, key, s.room);
-    take(k, batch, head, first, length, s.width, 1, key + before * s.room, s.room);
+    take_keys(s, row, head, k, key);
     turn(key, s.room, seen, s.width, key_turned, keys);
     memset(in_key, 0, seen * s.room * sizeof(float));
     memset(in_value, 0, seen * s.room * sizeof(float));
     for (int64_t h = head * shared; h < (head + 1) * shared; h++)
         for (int64_t i = 0; i < length; i += QUERIES) {
-            int64_t count = MIN(QUERIES, length - i), end = before + i + count, some = rounded(end);
+            int64_t count = MIN(QUERIES, length - i), end = causal ? before + i + count : before, some = rounded(end);
             take(q, batch, h, first + i, count, s.width, s.scale, queries, s.room);
             take(g, batch, h, first + i, count, s.width, 1, grads, s.room);
             product(p, keys, queries, s.room, 1, key_turned, keys, count, some, s.width, 0);
-            weigh(p, keys, count, before + i + 1, some);
-            product(in_value, s.room, p, 1, keys, grads, s.room, end, s.width, count, 1);
+            weigh(p, keys, count, causal ? before + i + 1 : before, causal, some);
+            if (s.dropped) drop(s, batch, h, first + i, p, dp, keys, count, end); /* dp's room is free until below */
+            product(in_value, s.room, s.dropped ? dp : p, 1, keys, grads, s.room, end, s.width, count, 1);
             product(dp, keys, grads, s.room, 1, value_turned, keys, count, some, s.width, 0);
+            if (s.dropped) drop(s, batch, h, first + i, dp, dp, keys, count, end);
             for (int64_t r = 0; r < count; r++) {
                 float *weights = p + r * keys, *slopes = dp + r * keys, mean = 0;
 #pragma omp simd reduction(+ : mean)
@@ -522,22 +544,38 @@ static void attend_backward(layout s, const int64_t *row, int64_t head, tensor g
             product(y, s.room, dp, keys, 1, key, s.room, count, s.width, end, 0);
             give(dq, batch, h, first + i, count, s.width, s.scale, y, s.room);
         }
-    give(dk, batch, head, first, length, s.width, 1, in_key + before * s.room, s.room);
-    give(dv, batch, head, first, length, s.width, 1, in_value + before * s.room, s.room);
-    for (int64_t i = 0; i < before; i++) {
-        memcpy(begun + i * s.width, in_key + i * s.room, s.width * sizeof(float));
-        memcpy(begun + (most_before + i) * s.width, in_value + i * s.room, s.width * sizeof(float));
+    if (causal) {
+        give(dk, batch, head, first, length, s.width, 1, in_key + before * s.room, s.room);
+        give(dv, batch, head, first, length, s.width, 1, in_value + before * s.room, s.room);
+        for (int64_t i = 0; i < before; i++) {
+            memcpy(begun + i * s.width, in_key + i * s.room, s.width * sizeof(float));
+            memcpy(begun + (most_before + i) * s.width, in_value + i * s.room, s.width * sizeof(float));
+        }
+    } else { /* no other row sees these keys, and nobody those behind them */
+        give(dk, batch, head, 0, before, s.width, 1, in_key, s.room);
+        give(dv, batch, head, 0, before, s.width, 1, in_value, s.room);
+        memset(y, 0, s.width * sizeof(float));
+        for (int64_t i = before; i < s.key_tokens; i++) {
+            give(dk, batch, head, i, 1, s.width, 1, y, s.room);
+            give(dv, batch, head, i, 1, s.width, 1, y, s.room);
+        }
     }
 }
 
-/* sizes: rows, heads, key heads, width, most keys, most before, numbers of a thread's scratch. */
+/* sizes: rows, heads, key heads, width, most keys, most before, numbers of a thread's scratch, tokens that have keys, what
+ * is dropped of 2^32, the seed. */
+static layout laid_out(const int64_t *rows, const int64_t *n, float scale) {
+    float kept = (float)(1.0 / (1.0 - n[8] / 4294967296.0));
+    return (layout){rows, n[0], n[1], n[2], n[3], rounded(n[4]), rounded(n[3]), n[6], n[7], n[8], n[9], scale, kept};
+}
+
 void row_attention(int type, void *q, const int64_t *q_strides, void *k, const int64_t *k_strides, void *v,
                    const int64_t *v_strides, void *y, const int64_t *y_strides, const int64_t *rows,
                    const int64_t *sizes, float *scratch, float scale, int threads) {
-    layout s = {rows, sizes[0], sizes[1], sizes[2], sizes[3], rounded(sizes[4]), rounded(sizes[3]), sizes[6], scale};
+    layout s = laid_out(rows, sizes, scale);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t task = 0; task < s.count * s.key_heads; task++)
-        attend(s, rows + 4 * (task / s.key_heads), task % s.key_heads, (tensor){type, q, q_strides},
+        attend(s, rows + 5 * (task / s.key_heads), task % s.key_heads, (tensor){type, q, q_strides},
                (tensor){type, k, k_strides}, (tensor){type, v, v_strides}, (tensor){type, y, y_strides},
                scratch + THREAD * s.each);
 }
@@ -547,10 +585,10 @@ void row_attention_backward(int type, void *g, const int64_t *g_strides, void *q
                             const int64_t *dq_strides, void *dk, const int64_t *dk_strides, void *dv,
                             const int64_t *dv_strides, const int64_t *rows, const int64_t *sizes, float *begun,
                             float *scratch, float scale, int threads) {
-    layout s = {rows, sizes[0], sizes[1], sizes[2], sizes[3], rounded(sizes[4]), rounded(sizes[3]), sizes[6], scale};
+    layout s = laid_out(rows, sizes, scale);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t task = 0; task < s.count * s.key_heads; task++)
-        attend_backward(s, rows + 4 * (task / s.key_heads), task % s.key_heads, (tensor){type, g, g_strides},
+        attend_backward(s, rows + 5 * (task / s.key_heads), task % s.key_heads, (tensor){type, g, g_strides},
                         (tensor){type, q, q_strides}, (tensor){type, k, k_strides}, (tensor){type, v, v_strides},
                         (tensor){type, dq, dq_strides}, (tensor){type, dk, dk_strides}, (tensor){type, dv, dv_strides},
                         begun + task * 2 * sizes[5] * s.width, sizes[5], scratch + THREAD * s.each);

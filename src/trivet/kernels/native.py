@@ -20,6 +20,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -205,13 +206,21 @@ WIDEST = 1024
 _COLUMNS, _QUERIES = 32, 32
 
 
+class Weights(NamedTuple):
+    """How scores become weights: their scale, the probability that a weight is dropped, and the seed of the choice."""
+
+    scale: float
+    dropout: float
+    seed: int
+
+
 def row_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, rows: torch.Tensor, scale: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, rows: torch.Tensor, weights: Weights
 ) -> None:
-    """Into `out`, (batch, heads, tokens, width): see `trivet.kernels.row_attention`."""
-    sizes, scratch = _sizes(query, key, rows, kept=2)
+    """Into `out`, (batch, heads, queries, width): see `trivet.kernels.row_attention`."""
+    sizes, scratch = _sizes(query, key, rows, weights, kept=2)
     tensors = (part for each in (query, key, value, out) for part in (each, _strides(each)))
-    _call("row_attention", query, *tensors, rows, sizes, scratch, scale)
+    _call("row_attention", query, *tensors, rows, sizes, scratch, weights.scale)
 
 
 def row_attention_backward(
@@ -223,31 +232,34 @@ def row_attention_backward(
     in_key: torch.Tensor,
     in_value: torch.Tensor,
     rows: torch.Tensor,
-    scale: float,
+    weights: Weights,
 ) -> torch.Tensor:
     """The gradients, into the tensors given for them.
 
     Returns:
-        (rows, key heads, 2, most before, width) float32: what each row adds to the gradients of the keys and values of
-        what is before it. The tensors have what it adds to its own.
+        (rows, key heads, 2, most before, width) float32: what each causal row adds to the gradients of the keys and
+        values of what is before it. The tensors have what it adds to its own.
     """
-    sizes, scratch = _sizes(query, key, rows, kept=5)
+    sizes, scratch = _sizes(query, key, rows, weights, kept=5)
     begun = scratch.new_zeros(len(rows), key.shape[1], 2, sizes[5], query.shape[-1])
     given = (grad, query, key, value, in_query, in_key, in_value)
     tensors = (part for each in given for part in (each, _strides(each)))
-    _call("row_attention_backward", query, *tensors, rows, sizes, begun, scratch, scale)
+    _call("row_attention_backward", query, *tensors, rows, sizes, begun, scratch, weights.scale)
     return begun
 
 
 def _sizes(
-    query: torch.Tensor, key: torch.Tensor, rows: torch.Tensor, kept: int
+    query: torch.Tensor, key: torch.Tensor, rows: torch.Tensor, weights: Weights, kept: int
 ) -> tuple[ctypes.Array[ctypes.c_int64], torch.Tensor]:
     """What native.c has to know, and memory for its threads, of which each keeps so many of a row's keys and values."""
-    most, before = int((rows[:, 2] + rows[:, 3]).max()), int(rows[:, 3].max())
+    most, before = int((rows[:, 3] + rows[:, 4]).max()), int((rows[:, 3] * (rows[:, 4] > 0)).max())
     keys, width = (-(-n // _COLUMNS) * _COLUMNS for n in (most, query.shape[-1]))
     each = kept * keys * width + _QUERIES * (2 * keys + 3 * width)
-    sizes = (ctypes.c_int64 * 7)(len(rows), query.shape[1], key.shape[1], query.shape[-1], most, before, each)
-    return sizes, query.new_empty(torch.get_num_threads() * each, dtype=torch.float32)
+    heads = query.shape[1], key.shape[1]
+    dropped = round(weights.dropout * 2**32)
+    sizes = len(rows), *heads, query.shape[-1], most, before, each, key.shape[2], dropped, weights.seed
+    scratch = query.new_empty(torch.get_num_threads() * each, dtype=torch.float32)
+    return (ctypes.c_int64 * len(sizes))(*sizes), scratch
 
 
 def _strides(x: torch.Tensor) -> ctypes.Array[ctypes.c_int64]:

@@ -1,4 +1,4 @@
-"""Causal attention within rows, one C function for all of them: nothing is padded, copied or kept.
+"""Attention within rows, one C function for all of them: nothing is padded, copied or kept.
 
 `attention.py` makes torch's batched products of blocks of queries: many calls for little arithmetic where rows are
 short, passes over memory between them, and rows of one length. Here a row's key head is one piece of work, whose keys,
@@ -24,67 +24,99 @@ _PIECES = 4
 
 
 def serves(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: torch.Tensor) -> bool:
-    """Whether causal attention is better computed here; arguments as below."""
+    """Whether attention is better computed here; arguments as below."""
     width, dtype = query.shape[-1], query.dtype
     if not all(native.serves(each) and each.stride(-1) == 1 and each.dtype == dtype for each in (query, key, value)):
         return False
     if not width == key.shape[-1] == value.shape[-1] <= native.WIDEST:
         return False
     most = _LARGE if dtype.itemsize == 2 and multiplies(dtype) else _LARGE_ELSE
-    longest = int((rows[:, 2] + rows[:, 3]).max())
+    longest = int((rows[:, 3] + rows[:, 4]).max())
     return longest * width <= most and len(rows) * key.shape[1] >= _PIECES * torch.get_num_threads()
 
 
 def rows_between(borders: torch.Tensor) -> torch.Tensor:
-    """`rows` of packed ones: where each begins, and where the last ends; what is before the first all of them see."""
+    """Causal `rows` that lie behind each other: where each begins, and where the last ends; all see what is before."""
     shared, lengths = borders[0], borders.diff()
-    rows = torch.stack([torch.zeros_like(lengths), borders[:-1], lengths, shared.expand_as(lengths)], 1).long()
-    return torch.cat([torch.tensor([[0, 0, int(shared), 0]]), rows]) if shared else rows
+    zero = torch.zeros_like(lengths)
+    rows = torch.stack([zero, borders[:-1], lengths, shared.expand_as(lengths), lengths], 1).long()
+    beginning = torch.tensor([[0, 0, int(shared), 0, int(shared)]])
+    rows = torch.cat([beginning, rows])
+    return rows[rows[:, 2] > 0]
 
 
-def rows_of(batch: int, length: int) -> torch.Tensor:
-    """`rows` of a batch that are all of one length."""
-    return torch.tensor([[place, 0, length, 0] for place in range(batch)])
+def rows_of(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, *, causal: bool) -> torch.Tensor | None:
+    """`rows` of a batch; None where they don't tell what is seen: a mask that is not that of padding on the right."""
+    batch, _, queries, _ = query.shape
+    keys = key.shape[2]
+    if causal:
+        whole = queries == keys and mask is None
+        return torch.tensor([[place, 0, keys, 0, keys] for place in range(batch)]) if whole else None
+    if mask is None:
+        seen = torch.full((batch,), keys)
+    else:
+        if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1:
+            return None
+        seen = mask[:, 0, 0].sum(-1)
+        plain = (torch.arange(keys) < seen[:, None])[:, None, None]
+        if not bool((mask == plain).all()) or not bool(seen.all()):
+            return None
+        seen = seen.expand(batch)
+    zero = torch.zeros_like(seen)
+    return torch.stack([torch.arange(batch), zero, torch.full_like(seen, queries), seen, zero], 1)
 
 
 def row_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: torch.Tensor, scale: float | None = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: torch.Tensor,
+    scale: float | None = None,
+    dropout: float = 0.0,
 ) -> torch.Tensor:
-    """softmax(scale · Q Kᵀ) V of each row: a token sees its row up to itself, and what is before.
+    """softmax(scale · Q Kᵀ) V of each row, which sees its own keys and no others.
 
     Args:
-        query: (batch, heads, tokens, width).
-        key, value: (batch, key heads, tokens, width); `heads` is a multiple of `key heads`.
-        rows: (n, 4) int64, which together have each token once: the place in the batch, the first token, how many
-            tokens, and how many of the batch's first tokens they see before their own (of a batch of one, if any).
+        query: (batch, heads, queries, width).
+        key, value: (batch, key heads, keys, width); `heads` is a multiple of `key heads`.
+        rows: (n, 5) int64, which together have each query once: the place in the batch, the first query, how many
+            queries, how many of the batch's first keys all of them see, and their own keys. These are as many as there
+            are queries, in the same places, and a query sees those up to its own (causal rows; of a batch of one, if
+            they see others, too); or none, and then the keys are this row's alone and the rest of the batch's is seen
+            by nobody.
         scale: 1 / √width where it is None.
+        dropout: probability of dropping an attention weight. The choice is drawn again in the backward pass, from a
+            seed that torch's global state gives, by a hash of the weight's place.
 
     Returns:
-        (batch, tokens, heads, width), contiguous.
+        (batch, queries, heads, width), contiguous.
     """
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    return _RowAttention.apply(query, key, value, rows, scale)
+    seed = int(torch.randint(2**62, ())) if dropout else 0
+    return _RowAttention.apply(query, key, value, rows, native.Weights(scale, dropout, seed))
 
 
 class _RowAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Any, key: Any, value: Any, rows: torch.Tensor, scale: float) -> torch.Tensor:
-        batch, heads, tokens, width = query.shape
-        out = empty(batch, tokens, heads, width, like=query)
-        native.row_attention(query, key, value, out.transpose(1, 2), rows, scale)
+    def forward(
+        ctx: Any, query: Any, key: Any, value: Any, rows: torch.Tensor, weights: native.Weights
+    ) -> torch.Tensor:
+        batch, heads, queries, width = query.shape
+        out = empty(batch, queries, heads, width, like=query)
+        native.row_attention(query, key, value, out.transpose(1, 2), rows, weights)
         ctx.save_for_backward(query, key, value)
-        ctx.settings = rows, scale
+        ctx.settings = rows, weights
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Any) -> Any:
-        rows, scale = ctx.settings
+        rows, weights = ctx.settings
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         query, key, value = ctx.saved_tensors
         # laid out by token, as the gradients of what made them are read
         dq, dk, dv = (empty(*x.transpose(1, 2).shape, like=x).transpose(1, 2) for x in (query, key, value))
-        begun = native.row_attention_backward(grad.transpose(1, 2), query, key, value, dq, dk, dv, rows, scale)
+        begun = native.row_attention_backward(grad.transpose(1, 2), query, key, value, dq, dk, dv, rows, weights)
         before = begun.shape[-2]
         if before:
             for found, more in zip((dk, dv), begun.sum(0).unbind(1), strict=True):
