@@ -96,6 +96,11 @@ def row_attention(
     return _RowAttention.apply(query, key, value, rows, native.Weights(scale, dropout, seed))
 
 
+def _alone(x: torch.Tensor) -> torch.Tensor:
+    """x without what it is a part of: to keep GPT-2's queries is to keep the keys and values, too, that were copied."""
+    return x if x.untyped_storage().nbytes() < 2 * x.nbytes else x.contiguous()
+
+
 class _RowAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -104,7 +109,7 @@ class _RowAttention(torch.autograd.Function):
         batch, heads, queries, width = query.shape
         out = empty(batch, queries, heads, width, like=query)
         native.row_attention(query, key, value, out.transpose(1, 2), rows, weights)
-        ctx.save_for_backward(query, key, value)
+        ctx.save_for_backward(*(_alone(each) for each in (query, key, value)))
         ctx.settings = rows, weights
         return out
 
