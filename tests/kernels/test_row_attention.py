@@ -198,6 +198,9 @@ def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     attention.attention(q, k, v)
     attention.attention(q, k, v, causal=True, dropout=0.1)
     assert len(calls) == 3 and calls[2][-1] == 0.1
+    monkeypatch.setattr(row_attention, "multiplies", lambda dtype: True)
+    attention.attention(*(each.bfloat16() for each in (q, k, v)))  # nothing but products
+    assert len(calls) == 3
     attention.attention(q[:, :, 32:], k, v, causal=True)
     attention.attention(q, k, v, torch.ones(64, 64, dtype=torch.bool).tril_())
     assert len(calls) == 3

@@ -18,7 +18,7 @@ from trivet.kernels import native
 from trivet.kernels.dropout import keep, zero
 from trivet.kernels.heap import empty
 from trivet.kernels.product import unrounded, widens
-from trivet.kernels.row_attention import row_attention, rows_of, serves
+from trivet.kernels.row_attention import multiplied, row_attention, rows_of, serves
 from trivet.kernels.softmax import softmax, softmax_backward
 
 #: Queries in a block: small blocks skip more above the diagonal and stay in cache, large ones are better products.
@@ -52,7 +52,8 @@ def attention(
     Returns:
         (batch, queries, heads, width), contiguous: ready to be viewed as (batch, queries, features).
     """
-    rows = rows_of(query, key, mask, causal=causal)
+    plain = mask is None and not causal and not dropout  # products are nearly all of it
+    rows = None if plain and multiplied(query) else rows_of(query, key, mask, causal=causal)
     if rows is not None and serves(query, key, value, rows):
         return row_attention(query, key, value, rows, scale, dropout)
     if widens(query):

@@ -23,6 +23,11 @@ _LARGE, _LARGE_ELSE = 2**15, 2**17
 _PIECES = 4
 
 
+def multiplied(x: torch.Tensor) -> bool:
+    """Whether x is in 16 bits that the processor multiplies: products of whole batches are fast there."""
+    return x.element_size() == 2 and multiplies(x.dtype)
+
+
 def serves(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: torch.Tensor) -> bool:
     """Whether attention is better computed here; arguments as below."""
     width, dtype = query.shape[-1], query.dtype
@@ -30,7 +35,7 @@ def serves(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: to
         return False
     if not width == key.shape[-1] == value.shape[-1] <= native.WIDEST:
         return False
-    most = _LARGE if dtype.itemsize == 2 and multiplies(dtype) else _LARGE_ELSE
+    most = _LARGE if multiplied(query) else _LARGE_ELSE
     longest = int((rows[:, 3] + rows[:, 4]).max())
     return longest * width <= most and len(rows) * key.shape[1] >= _PIECES * torch.get_num_threads()
 
