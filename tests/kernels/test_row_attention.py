@@ -11,7 +11,7 @@ from exact import draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trivet.kernels import attention, native, row_attention
+from trivet.kernels import attention, native, product, row_attention
 from trivet.kernels.row_attention import rows_between, rows_of, serves
 
 pytestmark = pytest.mark.skipif(native.compiler() is None, reason="no C compiler is on this machine")
@@ -198,7 +198,7 @@ def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     attention.attention(q, k, v)
     attention.attention(q, k, v, causal=True, dropout=0.1)
     assert len(calls) == 3 and calls[2][-1] == 0.1
-    monkeypatch.setattr(row_attention, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(product, "multiplies", lambda dtype: True)
     attention.attention(*(each.bfloat16() for each in (q, k, v)))  # nothing but products
     assert len(calls) == 3
     attention.attention(q[:, :, 32:], k, v, causal=True)

@@ -17,8 +17,8 @@ import torch
 from trivet.kernels import native
 from trivet.kernels.dropout import keep, zero
 from trivet.kernels.heap import empty
-from trivet.kernels.product import unrounded, widens
-from trivet.kernels.row_attention import multiplied, row_attention, rows_of, serves
+from trivet.kernels.product import multiplied, unrounded, widens
+from trivet.kernels.row_attention import row_attention, rows_of, serves
 from trivet.kernels.softmax import softmax, softmax_backward
 
 #: Queries in a block: small blocks skip more above the diagonal and stay in cache, large ones are better products.

@@ -1,6 +1,6 @@
 /* The CPU's counterpart of fused.py: norms, gated activations, rotary positions, softmax and cross-entropy, each in one
- * pass over memory; and attention within rows. Numbers are float32 or bfloat16 in memory and float32 in between; `native.py` compiles this file
- * and says what each function computes.
+ * pass over memory; and attention within rows. Numbers are float32 or bfloat16 in memory and float32 in between;
+ * `native.py` compiles this file and says what each function computes.
  *
  * Rows are read in pieces of PIECE numbers that stay in the first cache, so that one code serves both types. NaN and
  * infinities go through as in torch: the flags that native.py sets leave them alone.
@@ -451,12 +451,15 @@ static inline uint32_t mixed(uint32_t x) { /* MurmurHash3's last step */
     return x ^ (x >> 16);
 }
 
-/* Rows are (batch, first query, queries, keys before, own keys). Keys are the batch's first ones, so many as are before,
- * and where own keys are as many as queries, also these, of which a query sees those up to its own; else there are none.
- * `scratch` has `each` numbers a thread; `keys` and `room` are the most keys and the width, rounded up to COLUMNS. What
+/* A row's `length` queries lie from `first` on. Its keys are the batch's first ones, so many as are `before`, and where it
+ * has `own` keys, as many as queries and in their places, a query sees these up to its own, too (causal rows). */
+typedef struct {
+    int64_t batch, first, length, before, own;
+} span;
+
+/* `scratch` has `each` numbers a thread; `keys` and `room` are the most keys and the width, rounded up to COLUMNS. What
  * is dropped of the weights, a share of dropped / 2^32, is drawn from the seed and the weight's place. */
 typedef struct {
-    const int64_t *rows;
     int64_t count, heads, key_heads, width, keys, room, each, key_tokens, dropped, seed;
     float scale, kept;
 } layout;
@@ -480,14 +483,23 @@ static inline float *carve(float **scratch, int64_t count) {
 
 static int64_t rounded(int64_t n) { return (n + COLUMNS - 1) / COLUMNS * COLUMNS; }
 
-static void take_keys(layout s, const int64_t *row, int64_t head, tensor x, float *y) {
-    take(x, row[0], head, 0, row[3], s.width, 1, y, s.room);
-    take(x, row[0], head, row[1], row[4], s.width, 1, y + row[3] * s.room, s.room);
+static void take_keys(layout s, span row, int64_t head, tensor x, float *y) {
+    take(x, row.batch, head, 0, row.before, s.width, 1, y, s.room);
+    take(x, row.batch, head, row.first, row.own, s.width, 1, y + row.before * s.room, s.room);
 }
 
-static void attend(layout s, const int64_t *row, int64_t head, tensor q, tensor k, tensor v, tensor out, float *scratch) {
-    int64_t batch = row[0], first = row[1], length = row[2], before = row[3], causal = row[4] > 0;
-    int64_t seen = before + row[4], keys = rounded(seen), shared = s.heads / s.key_heads;
+/* `count` queries from place i of the row on, scaled, and their weights p before dropout. Returns how many keys are seen. */
+static int64_t weights_of(layout s, span row, int64_t head, int64_t i, int64_t count, tensor q, const float *key_turned,
+                          int64_t keys, float *queries, float *p) {
+    int64_t causal = row.own > 0, end = row.before + (causal ? i + count : 0);
+    take(q, row.batch, head, row.first + i, count, s.width, s.scale, queries, s.room);
+    product(p, keys, queries, s.room, 1, key_turned, keys, count, rounded(end), s.width, 0);
+    weigh(p, keys, count, row.before + (causal ? i + 1 : 0), causal, rounded(end));
+    return end;
+}
+
+static void attend(layout s, span row, int64_t head, tensor q, tensor k, tensor v, tensor out, float *scratch) {
+    int64_t seen = row.before + row.own, keys = rounded(seen), shared = s.heads / s.key_heads;
     float *values = carve(&scratch, s.keys * s.room), *turned = carve(&scratch, s.keys * s.room);
     float *queries = carve(&scratch, QUERIES * s.room), *y = carve(&scratch, QUERIES * s.room);
     float *scores = carve(&scratch, QUERIES * s.keys);
@@ -495,22 +507,19 @@ static void attend(layout s, const int64_t *row, int64_t head, tensor q, tensor 
     turn(values, s.room, seen, s.width, turned, keys);
     take_keys(s, row, head, v, values);
     for (int64_t h = head * shared; h < (head + 1) * shared; h++)
-        for (int64_t i = 0; i < length; i += QUERIES) {
-            int64_t count = MIN(QUERIES, length - i), end = causal ? before + i + count : before, some = rounded(end);
-            take(q, batch, h, first + i, count, s.width, s.scale, queries, s.room);
-            product(scores, keys, queries, s.room, 1, turned, keys, count, some, s.width, 0);
-            weigh(scores, keys, count, causal ? before + i + 1 : before, causal, some);
-            if (s.dropped) drop(s, batch, h, first + i, scores, scores, keys, count, end);
+        for (int64_t i = 0; i < row.length; i += QUERIES) {
+            int64_t count = MIN(QUERIES, row.length - i);
+            int64_t end = weights_of(s, row, h, i, count, q, turned, keys, queries, scores);
+            if (s.dropped) drop(s, row.batch, h, row.first + i, scores, scores, keys, count, end);
             product(y, s.room, scores, keys, 1, values, s.room, count, s.width, end, 0);
-            give(out, batch, h, first + i, count, s.width, 1, y, s.room);
+            give(out, row.batch, h, row.first + i, count, s.width, 1, y, s.room);
         }
 }
 
 /* begun: (rows, key heads, 2, most before, width), what a causal row adds to the gradients of what is before it. */
-static void attend_backward(layout s, const int64_t *row, int64_t head, tensor g, tensor q, tensor k, tensor v, tensor dq,
+static void attend_backward(layout s, span row, int64_t head, tensor g, tensor q, tensor k, tensor v, tensor dq,
                             tensor dk, tensor dv, float *begun, int64_t most_before, float *scratch) {
-    int64_t batch = row[0], first = row[1], length = row[2], before = row[3], causal = row[4] > 0;
-    int64_t seen = before + row[4], keys = rounded(seen), shared = s.heads / s.key_heads;
+    int64_t seen = row.before + row.own, keys = rounded(seen), shared = s.heads / s.key_heads;
     float *key = carve(&scratch, s.keys * s.room), *key_turned = carve(&scratch, s.keys * s.room);
     float *value_turned = carve(&scratch, s.keys * s.room);
     float *in_key = carve(&scratch, s.keys * s.room), *in_value = carve(&scratch, s.keys * s.room);
@@ -524,16 +533,14 @@ static void attend_backward(layout s, const int64_t *row, int64_t head, tensor g
     memset(in_key, 0, seen * s.room * sizeof(float));
     memset(in_value, 0, seen * s.room * sizeof(float));
     for (int64_t h = head * shared; h < (head + 1) * shared; h++)
-        for (int64_t i = 0; i < length; i += QUERIES) {
-            int64_t count = MIN(QUERIES, length - i), end = causal ? before + i + count : before, some = rounded(end);
-            take(q, batch, h, first + i, count, s.width, s.scale, queries, s.room);
-            take(g, batch, h, first + i, count, s.width, 1, grads, s.room);
-            product(p, keys, queries, s.room, 1, key_turned, keys, count, some, s.width, 0);
-            weigh(p, keys, count, causal ? before + i + 1 : before, causal, some);
-            if (s.dropped) drop(s, batch, h, first + i, p, dp, keys, count, end); /* dp's room is free until below */
+        for (int64_t i = 0; i < row.length; i += QUERIES) {
+            int64_t count = MIN(QUERIES, row.length - i);
+            int64_t end = weights_of(s, row, h, i, count, q, key_turned, keys, queries, p);
+            take(g, row.batch, h, row.first + i, count, s.width, 1, grads, s.room);
+            if (s.dropped) drop(s, row.batch, h, row.first + i, p, dp, keys, count, end); /* dp's room is free until below */
             product(in_value, s.room, s.dropped ? dp : p, 1, keys, grads, s.room, end, s.width, count, 1);
-            product(dp, keys, grads, s.room, 1, value_turned, keys, count, some, s.width, 0);
-            if (s.dropped) drop(s, batch, h, first + i, dp, dp, keys, count, end);
+            product(dp, keys, grads, s.room, 1, value_turned, keys, count, rounded(end), s.width, 0);
+            if (s.dropped) drop(s, row.batch, h, row.first + i, dp, dp, keys, count, end);
             for (int64_t r = 0; r < count; r++) {
                 float *weights = p + r * keys, *slopes = dp + r * keys, mean = 0;
 #pragma omp simd reduction(+ : mean)
@@ -542,40 +549,42 @@ static void attend_backward(layout s, const int64_t *row, int64_t head, tensor g
             }
             product(in_key, s.room, dp, 1, keys, queries, s.room, end, s.width, count, 1);
             product(y, s.room, dp, keys, 1, key, s.room, count, s.width, end, 0);
-            give(dq, batch, h, first + i, count, s.width, s.scale, y, s.room);
+            give(dq, row.batch, h, row.first + i, count, s.width, s.scale, y, s.room);
         }
-    if (causal) {
-        give(dk, batch, head, first, length, s.width, 1, in_key + before * s.room, s.room);
-        give(dv, batch, head, first, length, s.width, 1, in_value + before * s.room, s.room);
-        for (int64_t i = 0; i < before; i++) {
+    if (row.own) {
+        give(dk, row.batch, head, row.first, row.length, s.width, 1, in_key + row.before * s.room, s.room);
+        give(dv, row.batch, head, row.first, row.length, s.width, 1, in_value + row.before * s.room, s.room);
+        for (int64_t i = 0; i < row.before; i++) {
             memcpy(begun + i * s.width, in_key + i * s.room, s.width * sizeof(float));
             memcpy(begun + (most_before + i) * s.width, in_value + i * s.room, s.width * sizeof(float));
         }
     } else { /* no other row sees these keys, and nobody those behind them */
-        give(dk, batch, head, 0, before, s.width, 1, in_key, s.room);
-        give(dv, batch, head, 0, before, s.width, 1, in_value, s.room);
+        give(dk, row.batch, head, 0, row.before, s.width, 1, in_key, s.room);
+        give(dv, row.batch, head, 0, row.before, s.width, 1, in_value, s.room);
         memset(y, 0, s.width * sizeof(float));
-        for (int64_t i = before; i < s.key_tokens; i++) {
-            give(dk, batch, head, i, 1, s.width, 1, y, s.room);
-            give(dv, batch, head, i, 1, s.width, 1, y, s.room);
+        for (int64_t i = row.before; i < s.key_tokens; i++) {
+            give(dk, row.batch, head, i, 1, s.width, 1, y, s.room);
+            give(dv, row.batch, head, i, 1, s.width, 1, y, s.room);
         }
     }
 }
 
 /* sizes: rows, heads, key heads, width, most keys, most before, numbers of a thread's scratch, tokens that have keys, what
  * is dropped of 2^32, the seed. */
-static layout laid_out(const int64_t *rows, const int64_t *n, float scale) {
-    float kept = (float)(1.0 / (1.0 - n[8] / 4294967296.0));
-    return (layout){rows, n[0], n[1], n[2], n[3], rounded(n[4]), rounded(n[3]), n[6], n[7], n[8], n[9], scale, kept};
+static layout laid_out(const int64_t *sizes, float scale) {
+    return (layout){.count = sizes[0], .heads = sizes[1], .key_heads = sizes[2], .width = sizes[3],
+                    .keys = rounded(sizes[4]), .room = rounded(sizes[3]), .each = sizes[6], .key_tokens = sizes[7],
+                    .dropped = sizes[8], .seed = sizes[9], .scale = scale,
+                    .kept = (float)(1.0 / (1.0 - sizes[8] / 4294967296.0))};
 }
 
 void row_attention(int type, void *q, const int64_t *q_strides, void *k, const int64_t *k_strides, void *v,
-                   const int64_t *v_strides, void *y, const int64_t *y_strides, const int64_t *rows,
+                   const int64_t *v_strides, void *y, const int64_t *y_strides, const span *rows,
                    const int64_t *sizes, float *scratch, float scale, int threads) {
-    layout s = laid_out(rows, sizes, scale);
+    layout s = laid_out(sizes, scale);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t task = 0; task < s.count * s.key_heads; task++)
-        attend(s, rows + 5 * (task / s.key_heads), task % s.key_heads, (tensor){type, q, q_strides},
+        attend(s, rows[task / s.key_heads], task % s.key_heads, (tensor){type, q, q_strides},
                (tensor){type, k, k_strides}, (tensor){type, v, v_strides}, (tensor){type, y, y_strides},
                scratch + THREAD * s.each);
 }
@@ -583,12 +592,12 @@ void row_attention(int type, void *q, const int64_t *q_strides, void *k, const i
 void row_attention_backward(int type, void *g, const int64_t *g_strides, void *q, const int64_t *q_strides, void *k,
                             const int64_t *k_strides, void *v, const int64_t *v_strides, void *dq,
                             const int64_t *dq_strides, void *dk, const int64_t *dk_strides, void *dv,
-                            const int64_t *dv_strides, const int64_t *rows, const int64_t *sizes, float *begun,
+                            const int64_t *dv_strides, const span *rows, const int64_t *sizes, float *begun,
                             float *scratch, float scale, int threads) {
-    layout s = laid_out(rows, sizes, scale);
+    layout s = laid_out(sizes, scale);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t task = 0; task < s.count * s.key_heads; task++)
-        attend_backward(s, rows + 5 * (task / s.key_heads), task % s.key_heads, (tensor){type, g, g_strides},
+        attend_backward(s, rows[task / s.key_heads], task % s.key_heads, (tensor){type, g, g_strides},
                         (tensor){type, q, q_strides}, (tensor){type, k, k_strides}, (tensor){type, v, v_strides},
                         (tensor){type, dq, dq_strides}, (tensor){type, dk, dk_strides}, (tensor){type, dv, dv_strides},
                         begun + task * 2 * sizes[5] * s.width, sizes[5], scratch + THREAD * s.each);

@@ -203,6 +203,7 @@ def softmax_(scores: torch.Tensor, queries: int = 0, before: int = 0) -> torch.T
 
 #: Numbers of a head.
 WIDEST = 1024
+#: Of native.c, where COLUMNS are 16 or 32.
 _COLUMNS, _QUERIES = 32, 32
 
 

@@ -61,12 +61,17 @@ def improves(x: torch.Tensor) -> bool:
     return widens(x) or turns(x)
 
 
+def multiplied(x: torch.Tensor) -> bool:
+    """Whether x is in 16 bits that this machine's processor multiplies by instructions of its own."""
+    return x.device.type == "cpu" and x.element_size() == 2 and multiplies(x.dtype)
+
+
 def few_sizes(number: int, *, like: torch.Tensor) -> int:
     """How many rows to give to products that need `number`: as many, or where each size costs, the next of a few.
 
     Of 16-bit numbers like `like`, where the processor multiplies them, there are sixteen sizes for each doubling.
     """
-    if like.device.type != "cpu" or like.element_size() != 2 or not multiplies(like.dtype):
+    if not multiplied(like):
         return number
     step = size_step(number)
     return -(-number // step) * step

@@ -15,17 +15,12 @@ from torch.autograd.function import once_differentiable
 
 from trivet.kernels import native
 from trivet.kernels.heap import empty
-from trivet.kernels.product import multiplies
+from trivet.kernels.product import multiplied
 
 #: Numbers of a row's keys from which on `attention.py` is faster: in 16 bits where the processor multiplies them, else.
 _LARGE, _LARGE_ELSE = 2**15, 2**17
 #: Pieces of work that a thread should have at least, as they are not alike.
 _PIECES = 4
-
-
-def multiplied(x: torch.Tensor) -> bool:
-    """Whether x is in 16 bits that the processor multiplies: products of whole batches are fast there."""
-    return x.element_size() == 2 and multiplies(x.dtype)
 
 
 def serves(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: torch.Tensor) -> bool:
@@ -82,14 +77,12 @@ def row_attention(
     """softmax(scale · Q Kᵀ) V of each row, which sees its own keys and no others.
 
     Args:
-        query: (batch, heads, queries, width).
-        key, value: (batch, key heads, keys, width); `heads` is a multiple of `key heads`.
+        query, key, value, scale: as of `trivet.kernels.attention.attention`.
         rows: (n, 5) int64, which together have each query once: the place in the batch, the first query, how many
             queries, how many of the batch's first keys all of them see, and their own keys. These are as many as there
             are queries, in the same places, and a query sees those up to its own (causal rows; of a batch of one, if
             they see others, too); or none, and then the keys are this row's alone and the rest of the batch's is seen
             by nobody.
-        scale: 1 / √width where it is None.
         dropout: probability of dropping an attention weight. The choice is drawn again in the backward pass, from a
             seed that torch's global state gives, by a hash of the weight's place.
 
