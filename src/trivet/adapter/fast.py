@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from trivet.adapter import fast_gpu
 from trivet.fast import frozen_linear
 from trivet.four_bit import FourBitLinear
+from trivet.kernels import low_rank
 from trivet.kernels.dropout import dropped
 from trivet.kernels.heap import empty
 from trivet.kernels.product import addmm_, keep_apart, made, mm
@@ -113,9 +114,13 @@ class _AdaptedLinear(torch.autograd.Function):
         y = empty(*x.shape[:-1], w.shape[1], like=x)  # no view of another tensor, so that it may be changed in place
         flat = y.view(-1, w.shape[1])
         mm(rows, w, bias, out=flat)
-        small_a, small_b = a.to(x.dtype), (b * (scale / (1 - p))).to(x.dtype)
-        inner = mm(dropped(rows, p, seed), small_a.T)
-        addmm_(flat, inner, small_b.T)
+        ctx.at_once = not p and low_rank.serves(rows, a, b)
+        if ctx.at_once:
+            inner, small_a, small_b = low_rank.add_(flat, rows, a, b, scale), a, b
+        else:
+            small_a, small_b = a.to(x.dtype), (b * (scale / (1 - p))).to(x.dtype)
+            inner = mm(dropped(rows, p, seed), small_a.T)
+            addmm_(flat, inner, small_b.T)
         a_learns, b_learns = ctx.needs_input_grad[1:3]
         ctx.maker, kept = kept_for(x, rows) if a_learns else (None, ())
         ctx.save_for_backward(inner if b_learns else None, small_a, small_b, saved, *kept)
@@ -128,11 +133,16 @@ class _AdaptedLinear(torch.autograd.Function):
         inner, a, b, saved, *kept = ctx.saved_tensors
         scale, transposed, p, seed, shape, a_type, b_type = ctx.settings
         g = grad.reshape(-1, grad.shape[-1])
-        low = mm(g, b)
         dx = da = db = None
         if ctx.needs_input_grad[0]:
             weight = made(ctx.make_weight or saved, g.dtype)
             dx = mm(g, weight.T if transposed else weight)
+        if ctx.at_once:
+            x = rows_from(ctx.maker, kept) if ctx.needs_input_grad[1] else None
+            da, db = low_rank.backward(g, x, inner, a, b, scale, dx)
+            return dx if dx is None else dx.view(shape), da, db, None, None, None, None, None, None
+        low = mm(g, b)
+        if dx is not None:
             if p:
                 dx += dropped(mm(low, a), p, seed)
             else:

@@ -2,8 +2,8 @@
 attention within rows.
 
 The counterpart of `trivet.kernels.fused`, with its functions and arguments. torch takes several operations for each of
-these, rounds what lies between them to 16 bits, or copies all of it to float32 and back. `native.c` is compiled once a
-machine, by the C compiler that is found there, into trivet's cache (Triton does so with its launchers). Where there is
+these, rounds what lies between them to 16 bits, or copies all of it to float32 and back. `native.c` and `low_rank.c`, of
+`trivet.kernels.low_rank`, are compiled once a machine, by the C compiler that is found there, into trivet's cache (Triton does so with its launchers). Where there is
 none, torch's operations stay. Arithmetic is in float32, sums of long rows in float64.
 """
 
@@ -29,7 +29,7 @@ from trivet.kernels.heap import empty
 
 #: Of native.c.
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
-_SOURCE = Path(__file__).with_name("native.c")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "low_rank.c"))
 _FLAGS = (
     "-std=c11",
     "-O3",
@@ -86,7 +86,7 @@ def _library() -> ctypes.CDLL | str:
 
 def _compiled(command: Sequence[str]) -> Path:
     """The library's file, made if this processor and this compiler have not made it yet."""
-    key = repr((command, _FLAGS, _CHOICES, _processor())).encode() + _SOURCE.read_bytes()
+    key = repr((command, _FLAGS, _CHOICES, _processor())).encode() + b"".join(source.read_bytes() for source in _SOURCES)
     folder = cache_dir() / "kernels"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     state = folder.stat()
@@ -98,7 +98,7 @@ def _compiled(command: Sequence[str]) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as temporary:  # the rename is atomic: others may compile too
         made = Path(temporary, "kernels.so")
         for choice in _CHOICES:
-            words = [*command, *_FLAGS, *choice, str(_SOURCE), "-o", str(made), "-lm"]
+            words = [*command, *_FLAGS, *choice, *map(str, _SOURCES), "-o", str(made), "-lm"]
             done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)  # noqa: S603
             if done.returncode == 0:
                 return made.replace(target)
@@ -114,14 +114,23 @@ def _processor() -> str:
     return "".join(dict.fromkeys(line for line in lines if line.startswith(("model name", "flags", "CPU", "Features"))))
 
 
-def _call(name: str, x: torch.Tensor, *arguments: torch.Tensor | int | float | ctypes.Array[ctypes.c_int64]) -> None:
-    """A function of native.c, which takes x's type first and the number of threads last."""
+#: What C functions are given.
+Argument = torch.Tensor | int | float | ctypes.Array[ctypes.c_int64] | None
+
+
+def ready(part: str) -> bool:
+    """Whether a source's functions are there and its `…_ready` says that this machine can run them."""
+    return missing() is None and bool(getattr(_library(), f"{part}_ready")())
+
+
+def call(name: str, x: torch.Tensor, *arguments: Argument) -> None:
+    """A C function, which takes x's type first and the number of threads last."""
     threads = torch.get_num_threads() if x.numel() >= _ALONE else 1
     given = (_argument(each) for each in arguments)
     getattr(_library(), name)(ctypes.c_int(_TYPES[x.dtype]), *given, ctypes.c_int(threads))
 
 
-def _argument(value: torch.Tensor | int | float | ctypes.Array[ctypes.c_int64]) -> object:
+def _argument(value: Argument) -> object:
     if isinstance(value, torch.Tensor):
         return ctypes.c_void_p(value.data_ptr())
     if isinstance(value, float):
@@ -136,28 +145,28 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.T
     """As `fused.rms_norm`."""
     width = x.shape[-1]
     y, inverse = empty(*x.shape, like=x), x.new_empty(x.numel() // width, dtype=torch.float32)
-    _call("rms_norm", x, x, weight, y, inverse, len(inverse), width, float(eps))
+    call("rms_norm", x, x, weight, y, inverse, len(inverse), width, float(eps))
     return y, inverse
 
 
 def rms_norm_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     """As `fused.rms_norm_backward`."""
     out = empty(*x.shape, like=x)
-    _call("rms_norm_backward", x, grad, x, weight, inverse, out, len(inverse), x.shape[-1])
+    call("rms_norm_backward", x, grad, x, weight, inverse, out, len(inverse), x.shape[-1])
     return out
 
 
 def silu_gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """As `fused.silu_gate`."""
     out = empty(*gate.shape, like=gate)
-    _call("silu_gate", gate, gate, up, out, gate.numel())
+    call("silu_gate", gate, gate, up, out, gate.numel())
     return out
 
 
 def silu_gate_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """As `fused.silu_gate_backward`."""
     in_gate, in_up = empty(*gate.shape, like=gate), empty(*up.shape, like=up)
-    _call("silu_gate_backward", gate, grad, gate, up, in_gate, in_up, gate.numel())
+    call("silu_gate_backward", gate, grad, gate, up, in_gate, in_up, gate.numel())
     return in_gate, in_up
 
 
@@ -174,7 +183,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, back: bool 
     out = empty(batch, length, heads, width, like=x).transpose(1, 2) if back else empty(*x.shape, like=x)
     each = 0 if len(cos) == 1 else length * width
     strides = _strides(x), _strides(out)
-    _call("rotate", x, x, cos, sin, out, batch, heads, length, width, *strides, each, -1.0 if back else 1.0)
+    call("rotate", x, x, cos, sin, out, batch, heads, length, width, *strides, each, -1.0 if back else 1.0)
     return out
 
 
@@ -195,7 +204,7 @@ def softmax_(scores: torch.Tensor, queries: int = 0, before: int = 0) -> torch.T
     if scores.dtype != torch.bfloat16:
         raise TypeError(f"scores are {scores.dtype}; torch's own softmax is as fast but for bfloat16")
     keys = scores.shape[-1]
-    _call("softmax", scores, scores, scores.numel() // keys, keys, queries, before)
+    call("softmax", scores, scores, scores.numel() // keys, keys, queries, before)
     return scores
 
 
@@ -221,7 +230,7 @@ def row_attention(
     """Into `out`, (batch, heads, queries, width): see `trivet.kernels.row_attention`."""
     sizes, scratch = _sizes(query, key, rows, weights, kept=2)
     tensors = (part for each in (query, key, value, out) for part in (each, _strides(each)))
-    _call("row_attention", query, *tensors, rows, sizes, scratch, weights.scale)
+    call("row_attention", query, *tensors, rows, sizes, scratch, weights.scale)
 
 
 def row_attention_backward(
@@ -245,7 +254,7 @@ def row_attention_backward(
     begun = scratch.new_zeros(len(rows), key.shape[1], 2, sizes[5], query.shape[-1])
     given = (grad, query, key, value, in_query, in_key, in_value)
     tensors = (part for each in given for part in (each, _strides(each)))
-    _call("row_attention_backward", query, *tensors, rows, sizes, begun, scratch, weights.scale)
+    call("row_attention_backward", query, *tensors, rows, sizes, begun, scratch, weights.scale)
     return begun
 
 
@@ -277,5 +286,5 @@ def cross_entropy_(
     n, vocabulary = products.shape
     losses, right = products.new_empty(n, dtype=torch.float32), products.new_empty(n, dtype=torch.bool)
     settings = float(scale), float(cap or 0), float(z_loss)
-    _call("cross_entropy", products, products, targets, losses, right, n, vocabulary, *settings)
+    call("cross_entropy", products, products, targets, losses, right, n, vocabulary, *settings)
     return losses, right

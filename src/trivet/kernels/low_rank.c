@@ -1,0 +1,322 @@
+/* The products of an adapted layer with its two factors, by AMX: `low_rank.py` says what they are.
+ *
+ * `thin` has a column for each rank. With a factor f (rank x k), thin = x fT; y += thin f; and f's gradient is thinT x.
+ * All that is read of x, y and their gradients is read as it lies in memory, in tiles of 16 rows x 32 numbers. The right
+ * side of a product is packed: of two rows that follow each other the numbers lie in turns. A thread has some of the rows
+ * and goes through them in chunks that stay in its second cache, all products of a chunk one after the other.
+ */
+
+#define _GNU_SOURCE
+#include <stdint.h>
+#if defined(__linux__) && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
+#include <immintrin.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#ifdef _OPENMP
+#include <omp.h>
+#define THREAD omp_get_thread_num()
+#define THREADS omp_get_num_threads()
+#else
+#define THREAD 0
+#define THREADS 1
+#endif
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+#define ALIGNED __attribute__((aligned(64)))
+
+/* A tile has TILE rows of DEPTH 16-bit numbers, or of TILE float32 ones. STRIP: columns of a gradient found at a time. */
+enum { TILE = 16, DEPTH = 32, PACKED = TILE * DEPTH, CHUNK = 128, STRIP = 64 };
+typedef uint16_t bf16;
+
+/* Linux has to be asked for the tiles' registers, once a process (ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA). */
+int low_rank_ready(void) { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
+
+static int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+/* To the nearest, to even in between. */
+static inline bf16 narrow(float x) {
+    __m128bh y = _mm_cvtneps_pbh(_mm_set_ss(x));
+    bf16 z;
+    memcpy(&z, &y, 2);
+    return z;
+}
+
+/* x + 32 numbers of y in their place. */
+static inline void add(bf16 *y, const float *x) {
+    __m512i old = _mm512_loadu_si512(y);
+    __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(old));
+    __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(old, 1));
+    __m512 first = _mm512_add_ps(_mm512_castsi512_ps(_mm512_slli_epi32(low, 16)), _mm512_load_ps(x));
+    __m512 second = _mm512_add_ps(_mm512_castsi512_ps(_mm512_slli_epi32(high, 16)), _mm512_load_ps(x + TILE));
+    __m512bh sum = _mm512_cvtne2ps_pbh(second, first);
+    memcpy(y, &sum, 64);
+}
+
+typedef struct {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} configuration;
+
+/* Tiles 0, 1 and 4 have so many rows, 2, 3 and 5 so many, and 6 and 7, the packed ones, all. */
+static void configure(int64_t upper, int64_t lower) {
+    configuration c = {.palette = 1};
+    for (int i = 0; i < 8; i++) {
+        c.bytes[i] = 64;
+        c.rows[i] = i < 2 || i == 4 ? upper : i < 6 ? lower : TILE;
+    }
+    __asm__ volatile("" ::"r"(&c) : "memory");
+    _tile_loadconfig(&c);
+}
+
+/* `rank` rows of k float32 numbers, which lie `down` and `along` apart, times `scale`. */
+typedef struct {
+    const float *data;
+    int64_t down, along, rank, k;
+    float scale;
+} factor;
+
+static inline bf16 taken(factor f, int64_t rank, int64_t i) { return narrow(f.scale * f.data[rank * f.down + i * f.along]); }
+
+/* For thin = x fT: tiles by (ranks, numbers). Threads share the work. */
+static void pack_for_thin(factor f, bf16 *to) {
+    int64_t along = f.k / DEPTH, count = rounded(f.rank, TILE) / TILE * along;
+#pragma omp for nowait
+    for (int64_t at = 0; at < count; at++) {
+        int64_t rank = at / along * TILE, i = at % along * DEPTH;
+        bf16 *tile = to + at * PACKED;
+        memset(tile, 0, PACKED * sizeof(bf16));
+        for (int64_t r = 0; r < MIN(TILE, f.rank - rank); r++)
+            for (int64_t j = 0; j < DEPTH; j++) tile[j / 2 * DEPTH + r * 2 + j % 2] = taken(f, rank + r, i + j);
+    }
+}
+
+/* For y += thin f: tiles by (numbers, ranks). */
+static void pack_for_sum(factor f, bf16 *to) {
+    int64_t down = rounded(f.rank, DEPTH) / DEPTH, count = f.k / TILE * down;
+#pragma omp for nowait
+    for (int64_t at = 0; at < count; at++) {
+        int64_t rank = at % down * DEPTH, i = at / down * TILE;
+        bf16 *tile = to + at * PACKED;
+        memset(tile, 0, PACKED * sizeof(bf16));
+        for (int64_t r = 0; r < MIN(DEPTH, f.rank - rank); r++)
+            for (int64_t j = 0; j < TILE; j++) tile[r / 2 * DEPTH + j * 2 + r % 2] = taken(f, rank + r, i + j);
+    }
+}
+
+/* thin = x fT of `count` rows (DEPTH at most): rows of `room` numbers; and where it is asked for, turned, 0 behind `count`,
+ * with columns `ld` apart. */
+static void find_thin(const bf16 *x, int64_t k, int64_t count, const bf16 *f, int64_t rank, bf16 *thin, int64_t room,
+                      bf16 *turned, int64_t ld) {
+    float sums[4][TILE][TILE] ALIGNED; /* two for each half of the rows: each second one can begin before the first ends */
+    const bf16 *lower = x + MIN(TILE, count - 1) * k; /* a row that is there: where there are no more, nobody reads it */
+    for (int64_t i = 0; i < rank; i += TILE) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t j = 0; j < k; j += 2 * DEPTH) {
+            _tile_loadd(6, f, 64);
+            _tile_loadd(4, x + j, k * 2);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(5, lower + j, k * 2);
+            _tile_dpbf16ps(2, 5, 6);
+            f += PACKED;
+            if (j + DEPTH == k) break;
+            _tile_loadd(7, f, 64);
+            _tile_loadd(4, x + j + DEPTH, k * 2);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(5, lower + j + DEPTH, k * 2);
+            _tile_dpbf16ps(3, 5, 7);
+            f += PACKED;
+        }
+        _tile_stored(0, sums[0], 64);
+        _tile_stored(1, sums[1], 64);
+        _tile_stored(2, sums[2], 64);
+        _tile_stored(3, sums[3], 64);
+        for (int64_t row = 0; row < count; row++) {
+            const float *first = sums[row / TILE * 2][row % TILE], *second = first + TILE * TILE;
+            __m256bh sum = _mm512_cvtneps_pbh(_mm512_add_ps(_mm512_load_ps(first), _mm512_load_ps(second)));
+            memcpy(thin + row * room + i, &sum, 32);
+        }
+        for (int64_t r = 0; turned && r < TILE; r++)
+            for (int64_t row = 0; row < DEPTH; row++)
+                turned[(i + r) * ld + row] = row < count ? thin[row * room + i + r] : 0;
+    }
+}
+
+/* y += thin f of `count` rows (DEPTH at most). */
+static void add_product(bf16 *y, int64_t k, int64_t count, const bf16 *thin, int64_t room, const bf16 *f) {
+    float sums[DEPTH][DEPTH] ALIGNED;
+    const bf16 *lower = thin + TILE * room;
+    int64_t next = room * TILE;
+    for (int64_t j = 0; j < k; j += DEPTH, f += 2 * next) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t i = 0; i < room; i += DEPTH) {
+            _tile_loadd(4, thin + i, room * 2);
+            _tile_loadd(6, f + i * TILE, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, f + next + i * TILE, 64);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(5, lower + i, room * 2);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(0, sums[0], 128);
+        _tile_stored(1, sums[0] + TILE, 128);
+        _tile_stored(2, sums[TILE], 128);
+        _tile_stored(3, sums[TILE] + TILE, 128);
+        for (int64_t row = 0; row < count; row++) add(y + row * k + j, sums[row]);
+    }
+}
+
+/* `wide` columns (STRIP at most) of `count` rows (CHUNK at most), packed: tiles by (rows, columns), 0 behind `count`. */
+static void pack_rows(const bf16 *x, int64_t k, int64_t count, int64_t wide, bf16 (*to)[STRIP / TILE][PACKED]) {
+    static const uint16_t turns[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                       8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i low = _mm512_loadu_si512(turns), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    for (int64_t row = 0; row < rounded(count, DEPTH); row += 2)
+        for (int64_t j = 0; j < wide; j += DEPTH) {
+            const bf16 *from = x + row * k + j;
+            __m512i first = row < count ? _mm512_loadu_si512(from) : _mm512_setzero_si512();
+            __m512i second = row + 1 < count ? _mm512_loadu_si512(from + k) : _mm512_setzero_si512();
+            bf16 *tile = to[row / DEPTH][j / TILE] + row % DEPTH / 2 * DEPTH;
+            _mm512_store_si512(tile, _mm512_permutex2var_epi16(first, low, second));
+            _mm512_store_si512(tile + PACKED, _mm512_permutex2var_epi16(first, high, second));
+        }
+}
+
+/* found (rank x k) = thinT x of `count` rows (CHUNK at most), or += where `more`. `turned` is thinT, 0 behind `count`. */
+static void find_gradient(const bf16 *x, int64_t k, int64_t count, const bf16 *turned, int64_t ld, int64_t rank,
+                          float *found, int64_t ldf, int more) {
+    bf16 packed[CHUNK / DEPTH][STRIP / TILE][PACKED] ALIGNED;
+    for (int64_t j = 0; j < k; j += STRIP) {
+        int64_t all = k - j > DEPTH; /* else the half of a strip */
+        pack_rows(x + j, k, count, MIN(STRIP, k - j), packed);
+        for (int64_t r = 0; r < rank; r += TILE) {
+            float *to = found + r * ldf + j;
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+            if (more) {
+                _tile_loadd(0, to, ldf * 4);
+                _tile_loadd(1, to + TILE, ldf * 4);
+            }
+            if (more && all) {
+                _tile_loadd(2, to + 2 * TILE, ldf * 4);
+                _tile_loadd(3, to + 3 * TILE, ldf * 4);
+            }
+            for (int64_t row = 0; row < count; row += DEPTH) {
+                _tile_loadd(4, turned + r * ld + row, ld * 2);
+                _tile_loadd(6, packed[row / DEPTH][0], 64);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_loadd(7, packed[row / DEPTH][1], 64);
+                _tile_dpbf16ps(1, 4, 7);
+                if (all) {
+                    _tile_loadd(6, packed[row / DEPTH][2], 64);
+                    _tile_dpbf16ps(2, 4, 6);
+                    _tile_loadd(7, packed[row / DEPTH][3], 64);
+                    _tile_dpbf16ps(3, 4, 7);
+                }
+            }
+            _tile_stored(0, to, ldf * 4);
+            _tile_stored(1, to + TILE, ldf * 4);
+            if (all) {
+                _tile_stored(2, to + 2 * TILE, ldf * 4);
+                _tile_stored(3, to + 3 * TILE, ldf * 4);
+            }
+        }
+    }
+}
+
+/* A block of DEPTH rows, or of the `count` that are left. */
+static void fit(int64_t count) {
+    if (count < DEPTH) configure(MIN(TILE, count), MAX(1, count - TILE));
+}
+
+/* y (n x m) += scale (x aT) bT, with x (n x k), a (rank x k), b (m x rank). `turned`, NULL or (rank rounded up to TILE x n
+ * rounded up to DEPTH), becomes (x aT)T. `packed` has room for both factors, their ranks rounded up to DEPTH. */
+void low_rank_add(int type, bf16 *y, const bf16 *x, const float *a, const float *b, bf16 *turned, bf16 *packed, int64_t n,
+                  int64_t k, int64_t m, int64_t rank, float scale, int threads) {
+    int64_t room = rounded(rank, DEPTH), ld = rounded(n, DEPTH);
+    bf16 *for_thin = packed, *for_sum = packed + room * k;
+    (void)type;
+#pragma omp parallel num_threads(threads)
+    {
+        configuration others;
+        _tile_storeconfig(&others); /* torch's products leave theirs in place, and may look for it */
+        pack_for_thin((factor){a, k, 1, rank, k, 1}, for_thin);
+        pack_for_sum((factor){b, 1, rank, rank, m, scale}, for_sum);
+#pragma omp barrier
+        int64_t each = rounded((n + THREADS - 1) / THREADS, DEPTH), end = MIN(n, (THREAD + 1) * each);
+        bf16 thin[DEPTH * room] ALIGNED;
+        memset(thin, 0, sizeof thin);
+        configure(TILE, TILE);
+        for (int64_t i = THREAD * each; i < end; i += DEPTH) {
+            int64_t count = MIN(DEPTH, end - i);
+            fit(count);
+            find_thin(x + i * k, k, count, for_thin, rank, thin, room, turned ? turned + i : NULL, ld);
+            add_product(y + i * m, m, count, thin, room, for_sum);
+        }
+        _tile_loadconfig(&others);
+    }
+}
+
+/* With g (n x m), y's gradient: dx (n x k) += scale (g b) a, da = scale (g b)T x, db = scale gT (x aT), each but where it
+ * is NULL. `parts` has room for rank (rounded up to TILE) x (k + m) numbers of each thread. */
+void low_rank_backward(int type, const bf16 *g, const bf16 *x, const bf16 *turned, const float *a, const float *b, bf16 *dx,
+                       float *da, float *db, bf16 *packed, float *parts, int64_t n, int64_t k, int64_t m, int64_t rank,
+                       float scale, int threads) {
+    int64_t room = rounded(rank, DEPTH), ranks = rounded(rank, TILE), ld = rounded(n, DEPTH), wide = k + m;
+    bf16 *for_thin = packed, *for_sum = packed + room * m;
+    (void)type;
+#pragma omp parallel num_threads(threads)
+    {
+        configuration others;
+        _tile_storeconfig(&others);
+        pack_for_thin((factor){b, 1, rank, rank, m, scale}, for_thin);
+        if (dx) pack_for_sum((factor){a, k, 1, rank, k, 1}, for_sum);
+#pragma omp barrier
+        int64_t each = rounded((n + THREADS - 1) / THREADS, DEPTH), start = THREAD * each, end = MIN(n, start + each);
+        float *found = parts + THREAD * ranks * wide;
+        bf16 thin[DEPTH * room] ALIGNED, low[ranks * CHUNK] ALIGNED;
+        memset(thin, 0, sizeof thin);
+        if (start >= end) memset(found, 0, ranks * wide * sizeof(float));
+        configure(TILE, TILE);
+        for (int64_t i = start; i < end; i += CHUNK) {
+            int64_t chunk = MIN(CHUNK, end - i);
+            for (int64_t j = 0; j < chunk; j += DEPTH) {
+                int64_t count = MIN(DEPTH, chunk - j);
+                fit(count);
+                find_thin(g + (i + j) * m, m, count, for_thin, rank, thin, room, low + j, CHUNK);
+                if (dx) add_product(dx + (i + j) * k, k, count, thin, room, for_sum);
+            }
+            configure(TILE, TILE);
+            if (da) find_gradient(x + i * k, k, chunk, low, CHUNK, rank, found, wide, i > start);
+            if (db) find_gradient(g + i * m, m, chunk, turned + i, ld, rank, found + k, wide, i > start);
+        }
+        _tile_loadconfig(&others);
+#pragma omp barrier
+        int64_t from = da ? 0 : k, to = db ? wide : k, count = THREADS;
+#pragma omp for
+        for (int64_t part = from; part < to; part += STRIP)
+            for (int64_t r = 0; r < rank; r++)
+                for (int64_t i = part; i < MIN(part + STRIP, to); i++) {
+                    float sum = 0;
+                    for (int64_t thread = 0; thread < count; thread++) sum += parts[(thread * ranks + r) * wide + i];
+                    if (i < k)
+                        da[r * k + i] = sum;
+                    else
+                        db[(i - k) * rank + r] = sum * scale;
+                }
+    }
+}
+
+#else
+int low_rank_ready(void) { return 0; }
+#endif

@@ -1,0 +1,132 @@
+"""An adapted layer's products with its factors, by AMX: float64's, and torch's where it is used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from exact import draw
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trivet.adapter.fast import _AdaptedLinear
+from trivet.kernels import low_rank, native
+
+pytestmark = pytest.mark.skipif(not low_rank._ready(), reason="this processor has no AMX, or no C compiler is here")
+SCALE = 1.5
+
+
+def inputs(n: int, k: int, m: int, rank: int) -> list[torch.Tensor]:
+    """x, A, B and the gradient of y, with entries about as large as 1."""
+    x, grad = (draw(n, width, seed=width, dtype=torch.bfloat16) for width in (k, m))
+    return [x, draw(rank, k, seed=1), draw(m, rank, seed=2), grad]
+
+
+def near(found: torch.Tensor | None, exact: torch.Tensor) -> None:
+    """In the middle within a rounding of each 16-bit factor, of what lies between and of the result."""
+    assert found is not None and found.isfinite().all()
+    error = (found.double() - exact).norm() / exact.norm()
+    assert error < 4e-3 * (1 if found.dtype == torch.float32 else 1.5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.one_of(st.integers(32, 300), st.sampled_from([513, 1000])),
+    k=st.sampled_from([32, 64, 96, 160]),
+    m=st.sampled_from([32, 64, 224]),
+    rank=st.sampled_from([1, 2, 8, 16, 17, 32, 40, 128]),
+    threads=st.sampled_from([1, 2, 3]),
+)
+def test_sums_and_gradients(n: int, k: int, m: int, rank: int, threads: int) -> None:
+    x, a, b, grad = inputs(n, k, m, rank)
+    assert low_rank.serves(x, a, b)
+    wide_x, wide_a, wide_b, wide_grad = (each.double() for each in (x, a, b, grad))
+    y, dx = torch.ones(n, m, dtype=torch.bfloat16), torch.ones(n, k, dtype=torch.bfloat16)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        turned = low_rank.add_(y, x, a, b, SCALE)
+        da, db = low_rank.backward(grad, x, turned, a, b, SCALE, dx)
+    finally:
+        torch.set_num_threads(before)
+    near(y, 1 + SCALE * wide_x @ wide_a.T @ wide_b.T)
+    near(dx, 1 + SCALE * wide_grad @ wide_b @ wide_a)
+    near(da, SCALE * (wide_grad @ wide_b).T @ wide_x)
+    near(db, SCALE * wide_grad.T @ (wide_x @ wide_a.T))
+
+
+def test_nothing_is_read_or_written_beyond_the_rows() -> None:
+    """Rows that are not a multiple of a tile's lie between others, which stay as they are and may be anything."""
+    x, a, b, grad = inputs(45, 64, 96, 9)
+    around = [torch.full((len(each) + 40, each.shape[1]), torch.nan, dtype=each.dtype) for each in (x, grad, x, grad)]
+    inside = [each[20:-20] for each in around]
+    for part, given_ in zip(inside, (x, grad, 0 * x, 0 * grad), strict=True):
+        part.copy_(given_)
+    x, grad, dx, y = inside
+    turned = low_rank.add_(y, x, a, b, SCALE)
+    da, db = low_rank.backward(grad, x, turned, a, b, SCALE, dx)
+    assert all(each[:20].isnan().all() and each[-20:].isnan().all() for each in around)
+    assert all(each.isfinite().all() for each in (y, dx, turned, *(each for each in (da, db) if each is not None)))
+
+
+def test_a_row_depends_on_itself_alone_and_not_on_threads() -> None:
+    x, a, b, _ = inputs(300, 64, 96, 9)
+    found = []
+    for rows, threads in ((x, 2), (x[:50], 1)):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        found.append(torch.zeros(len(rows), 96, dtype=torch.bfloat16))
+        low_rank.add_(found[-1], rows, a, b, SCALE)
+        torch.set_num_threads(before)
+    assert torch.equal(found[0][:50], found[1])
+
+
+def test_what_is_not_finite_stays_so_in_its_row() -> None:
+    x, a, b, _ = inputs(64, 64, 96, 9)
+    x[3, 5], x[40, 7] = torch.inf, torch.nan
+    y = torch.zeros(64, 96, dtype=torch.bfloat16)
+    low_rank.add_(y, x, a, b, SCALE)
+    broken = torch.zeros(64, dtype=torch.bool).index_fill_(0, torch.tensor([3, 40]), True)
+    assert torch.equal(~y.isfinite().any(1), broken) and y[~broken].isfinite().all()
+
+
+@pytest.mark.parametrize("without", ["x", "a", "b"])
+def test_what_does_not_learn_has_no_gradient(without: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, a, b, grad = inputs(40, 64, 96, 9)
+    weight = draw(96, 64, seed=5, dtype=torch.bfloat16)
+    named: dict[str, Any] = {"x": x, "a": a, "b": b}
+    learn = [each.requires_grad_() for name, each in named.items() if name != without]
+    results = []
+    for at_once in (True, False):
+        if not at_once:
+            monkeypatch.setattr(low_rank, "serves", lambda *_: False)
+        y = _AdaptedLinear.apply(x, a, b, weight, None, SCALE, False, 0.0, 0)
+        results.append(torch.autograd.grad(y, learn, grad))
+    for ours, torchs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=0.05, atol=0.02 * float(torchs.abs().max()))
+
+
+def test_torch_s_products_stay_as_they_were() -> None:
+    """Both set up the processor's tiles, and oneDNN may remember how."""
+    x, a, b, _ = inputs(256, 64, 96, 9)
+    weight = draw(200, 64, seed=3, dtype=torch.bfloat16)
+    wanted = x @ weight.T
+    low_rank.add_(torch.zeros(256, 96, dtype=torch.bfloat16), x, a, b, SCALE)
+    assert torch.equal(x @ weight.T, wanted)
+
+
+def test_where_it_is_used() -> None:
+    x, a, b, _ = inputs(64, 64, 96, 9)
+    assert low_rank.serves(x, a, b)
+    assert not low_rank.serves(x.float(), a, b) and not low_rank.serves(x.half(), a, b)
+    assert not low_rank.serves(x, a.bfloat16(), b) and not low_rank.serves(x[:20], a, b)
+    assert not low_rank.serves(x[:, :40].contiguous(), a[:, :40].contiguous(), b)  # no whole tiles
+    assert not low_rank.serves(x[:, :32], a[:, :32].contiguous(), b)  # not in one piece
+    assert not low_rank.serves(x, a.repeat(20, 1), b.repeat(1, 20))
+
+
+def test_without_a_compiler_torch_s_products_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, a, b, _ = inputs(64, 64, 96, 9)
+    monkeypatch.setattr(native, "serves", lambda x: False)
+    assert not low_rank.serves(x, a, b)
