@@ -167,7 +167,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture
 def without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's operations, which stay where no C compiler is."""
-    monkeypatch.setattr("trivet.kernels.native.serves", lambda x: False)
+    monkeypatch.setattr("trivet.kernels.compiled.serves", lambda x: False)
 
 
 def losses_of(model: Any, optimizer: Any, batch: Any, labels: Any, steps: int) -> list[float]:

@@ -15,7 +15,7 @@ from trivet.config import Config
 from trivet.data.dataset import Dataset
 from trivet.data.encode import Encoded, Summary, encode_dataset
 from trivet.errors import ConfigError
-from trivet.kernels import native
+from trivet.kernels import compiled
 from trivet.memory import Estimate, estimate, free_memory
 from trivet.model import check_base
 from trivet.packing import why_not_packed, why_not_shared, worth_sharing
@@ -58,7 +58,7 @@ def prepare(config: Config, splits: Splits, console: Console) -> Prepared:
     processes.wait()
     session = begin(config, splits.train)
     say(console, f"model {session.base.describe()}")
-    if config.training.fast and session.base.device.type == "cpu" and (reason := native.missing()):
+    if config.training.fast and session.base.device.type == "cpu" and (reason := compiled.missing()):
         say(console, f"  steps take longer than they need to: {reason}")
     train_rows, summary = encode_dataset(splits.train, session.encoder)
     for line in summary.lines():

@@ -5,12 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trivet.kernels.dropout import dropout, keep, zero
+from trivet.kernels import compiled
+from trivet.kernels.dropout import _Hashed, dropout, dropped, keep, zero
+
+
+@pytest.fixture(params=["in C", "drawn"])
+def way(request: pytest.FixtureRequest) -> str:
+    """How it is decided what is dropped."""
+    if request.param == "drawn":
+        request.getfixturevalue("without_a_compiler")
+    elif compiled.missing():
+        pytest.skip(compiled.missing())
+    return request.param
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_it_drops_its_share_and_scales_the_rest(p: float, dtype: torch.dtype) -> None:
+def test_it_drops_its_share_and_scales_the_rest(p: float, dtype: torch.dtype, way: str) -> None:
     torch.manual_seed(1)
     x = torch.randn(301, 333).to(dtype)
     y = dropout(x, p)
@@ -18,6 +29,9 @@ def test_it_drops_its_share_and_scales_the_rest(p: float, dtype: torch.dtype) ->
     assert y.dtype == dtype and y.shape == x.shape
     assert dropped.double().mean().item() == pytest.approx(p, abs=5 * (p * (1 - p) / x.numel()) ** 0.5)
     torch.testing.assert_close(y[~dropped], (x / (1 - p))[~dropped])
+    assert (type(dropout(x.requires_grad_(), p).grad_fn).__name__ == "_HashedBackward") == (
+        way == "in C" and dtype != torch.float64
+    )
 
 
 def test_choices_are_independent() -> None:
@@ -32,10 +46,30 @@ def test_choices_are_independent() -> None:
         assert abs(part.mean().item()) < 5 * (0.25 * 0.75 / len(part)) ** 0.5, place
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 7])
-def test_any_number_of_entries(count: int) -> None:
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 7, 1025])
+def test_any_number_of_entries(count: int, way: str) -> None:
     assert keep((count,), 0.5).shape == (count,)
     assert dropout(torch.ones(count), 0.5).shape == (count,)
+
+
+@pytest.mark.skipif(compiled.missing() is not None, reason="no C compiler is on this machine")
+def test_hashes_are_independent() -> None:
+    """Of neighbours, of entries a piece apart, and of one seed and the next."""
+    x = torch.ones(2**18)
+    kept = [_Hashed.apply(x, 0.25, seed).sign().double() - 0.75 for seed in (0, 1, 2**32, 2**61)]
+    chance = 5 * 0.25 * 0.75 / x.numel() ** 0.5
+    for lag in (1, 2, 3, 16, 64, 1024, 4096):
+        assert abs((kept[0][lag:] * kept[0][:-lag]).mean().item()) < chance, lag
+    for other in kept[1:]:
+        assert abs((kept[0] * other).mean().item()) < chance
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_what_is_dropped_for_a_seed_is_dropped_again(dtype: torch.dtype, way: str) -> None:
+    x = torch.randn(40, 60).to(dtype)
+    y = dropped(x, 0.3, 11)
+    assert torch.equal(y, dropped(x, 0.3, 11)) and torch.equal(y[y != 0], x[y != 0])
+    assert 0.25 < (y == 0).double().mean() < 0.35 and not torch.equal(y, dropped(x, 0.3, 12))
 
 
 def test_next_to_nothing_and_next_to_all() -> None:
@@ -53,14 +87,15 @@ def test_zero_keeps_every_bit_of_what_stays(dtype: torch.dtype) -> None:
     assert torch.equal(zero(x, kept).view(bits), torch.where(kept == -1, x, 0).view(bits))
 
 
-def test_the_gradient_goes_where_the_entries_stayed() -> None:
-    x = torch.randn(17, 5, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_gradient_goes_where_the_entries_stayed(way: str, dtype: torch.dtype) -> None:
+    x = torch.randn(5, 17, dtype=dtype).T.requires_grad_()  # not contiguous
     y = dropout(x, 0.4)
     (grad,) = torch.autograd.grad(y, x, torch.full_like(y, 3.0))
     torch.testing.assert_close(grad, torch.where(y == 0, 0.0, 3.0 / 0.6).to(grad))
 
 
-def test_it_follows_torchs_seed() -> None:
+def test_it_follows_torchs_seed(way: str) -> None:
     def drawn(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
         return dropout(torch.ones(50), 0.5)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trivet.adapter.fast import _AdaptedLinear
-from trivet.kernels import low_rank, native
+from trivet.kernels import compiled, low_rank
 
 pytestmark = pytest.mark.skipif(not low_rank._ready(), reason="this processor has no AMX, or no C compiler is here")
 SCALE = 1.5
@@ -37,20 +37,22 @@ def near(found: torch.Tensor | None, exact: torch.Tensor) -> None:
     m=st.sampled_from([32, 64, 224]),
     rank=st.sampled_from([1, 2, 8, 16, 17, 32, 40, 128]),
     threads=st.sampled_from([1, 2, 3]),
+    biased=st.booleans(),
 )
-def test_sums_and_gradients(n: int, k: int, m: int, rank: int, threads: int) -> None:
+def test_sums_and_gradients(n: int, k: int, m: int, rank: int, threads: int, biased: bool) -> None:
     x, a, b, grad = inputs(n, k, m, rank)
     assert low_rank.serves(x, a, b)
     wide_x, wide_a, wide_b, wide_grad = (each.double() for each in (x, a, b, grad))
     y, dx = torch.ones(n, m, dtype=torch.bfloat16), torch.ones(n, k, dtype=torch.bfloat16)
+    bias = draw(m, seed=3, dtype=torch.bfloat16) if biased else None
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        turned = low_rank.add_(y, x, a, b, SCALE)
+        turned = low_rank.add_(y, x, a, b, SCALE, bias)
         da, db = low_rank.backward(grad, x, turned, a, b, SCALE, dx)
     finally:
         torch.set_num_threads(before)
-    near(y, 1 + SCALE * wide_x @ wide_a.T @ wide_b.T)
+    near(y, 1 + SCALE * wide_x @ wide_a.T @ wide_b.T + (0 if bias is None else bias.double()))
     near(dx, 1 + SCALE * wide_grad @ wide_b @ wide_a)
     near(da, SCALE * (wide_grad @ wide_b).T @ wide_x)
     near(db, SCALE * wide_grad.T @ (wide_x @ wide_a.T))
@@ -107,6 +109,20 @@ def test_what_does_not_learn_has_no_gradient(without: str, monkeypatch: pytest.M
         torch.testing.assert_close(ours, torchs, rtol=0.05, atol=0.02 * float(torchs.abs().max()))
 
 
+def test_dropout_before_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, a, b, grad = inputs(40, 64, 96, 9)
+    weight = draw(96, 64, seed=5, dtype=torch.bfloat16)
+    learn = [each.requires_grad_() for each in (x, a, b)]
+    results = []
+    for at_once in (True, False):
+        if not at_once:
+            monkeypatch.setattr(low_rank, "serves", lambda *_: False)
+        y = _AdaptedLinear.apply(x, a, b, weight, None, SCALE, False, 0.3, 17)
+        results.append([y.detach(), *torch.autograd.grad(y, learn, grad)])
+    for ours, torchs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=0.05, atol=0.02 * float(torchs.abs().max()))
+
+
 def test_torch_s_products_stay_as_they_were() -> None:
     """Both set up the processor's tiles, and oneDNN may remember how."""
     x, a, b, _ = inputs(256, 64, 96, 9)
@@ -124,9 +140,10 @@ def test_where_it_is_used() -> None:
     assert not low_rank.serves(x[:, :40].contiguous(), a[:, :40].contiguous(), b)  # no whole tiles
     assert not low_rank.serves(x[:, :32], a[:, :32].contiguous(), b)  # not in one piece
     assert not low_rank.serves(x, a.repeat(20, 1), b.repeat(1, 20))
+    assert low_rank.serves(x, a, b, b[:, 0].bfloat16()) and not low_rank.serves(x, a, b, b[:, 0])
 
 
 def test_without_a_compiler_torch_s_products_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     x, a, b, _ = inputs(64, 64, 96, 9)
-    monkeypatch.setattr(native, "serves", lambda x: False)
+    monkeypatch.setattr(compiled, "serves", lambda x: False)
     assert not low_rank.serves(x, a, b)

@@ -16,16 +16,16 @@ from exact import both, check_chunks, check_cross_entropy, check_rotation, close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trivet.kernels import attention, gate, native, norm
+from trivet.kernels import attention, compiled, gate, native, norm
 
-needs_compiler = pytest.mark.skipif(native.compiler() is None, reason="no C compiler is on this machine")
+needs_compiler = pytest.mark.skipif(compiled.compiler() is None, reason="no C compiler is on this machine")
 DTYPES = [torch.float32, torch.bfloat16]
 
 
 @needs_compiler
 def test_they_are_there_and_share_torchs_threads() -> None:
     """A second OpenMP would have threads of its own, which torch's wait in the way of."""
-    assert native.missing() is None and native.serves(torch.ones(1))
+    assert compiled.missing() is None and compiled.serves(torch.ones(1))
     if sys.platform == "linux":
         mapped = set(re.findall(r"\S*lib(?:gomp|omp|iomp5)[^/\s]*\.so\S*", Path("/proc/self/maps").read_text()))
         assert len({Path(each).resolve() for each in mapped if "scikit" not in each and "sklearn" not in each}) == 1
@@ -33,7 +33,7 @@ def test_they_are_there_and_share_torchs_threads() -> None:
 
 def test_what_they_do_not_take() -> None:
     others = torch.ones(1, dtype=torch.float16), torch.ones(1, dtype=torch.float64), torch.ones(0)
-    assert not any(native.serves(x) for x in (*others, torch.ones(1, device="meta")))
+    assert not any(compiled.serves(x) for x in (*others, torch.ones(1, device="meta")))
     with pytest.raises(TypeError, match="float32"):
         native.softmax_(torch.ones(2, 3))
 
@@ -114,7 +114,7 @@ def test_attention(length: int, mask: str | None) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(attention, "serves", lambda *_: False)  # not by row_attention.py
             if not on:
-                patch.setattr(native, "serves", lambda x: False)
+                patch.setattr(compiled, "serves", lambda x: False)
             y = attention.attention(*inputs, seen if mask else None, causal=mask is None)
             results.append([y, *torch.autograd.grad(y, inputs, weights)])
     wide = [each.double().requires_grad_() for each in (q, k, v)]
@@ -178,7 +178,7 @@ def test_threads_change_no_bit() -> None:
 
 
 REASON = (
-    "import torch; from trivet.kernels.native import missing, serves; print(missing()); print(serves(torch.ones(1)))"
+    "import torch; from trivet.kernels.compiled import missing, serves; print(missing()); print(serves(torch.ones(1)))"
 )
 
 

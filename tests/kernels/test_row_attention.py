@@ -11,10 +11,10 @@ from exact import draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trivet.kernels import attention, native, product, row_attention
+from trivet.kernels import attention, compiled, product, row_attention
 from trivet.kernels.row_attention import rows_between, rows_of, serves
 
-pytestmark = pytest.mark.skipif(native.compiler() is None, reason="no C compiler is on this machine")
+pytestmark = pytest.mark.skipif(compiled.compiler() is None, reason="no C compiler is on this machine")
 DTYPES = [torch.float32, torch.bfloat16]
 
 

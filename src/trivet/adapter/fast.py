@@ -113,10 +113,11 @@ class _AdaptedLinear(torch.autograd.Function):
         w = made(weight, x.dtype) if transposed else made(weight, x.dtype).T
         y = empty(*x.shape[:-1], w.shape[1], like=x)  # no view of another tensor, so that it may be changed in place
         flat = y.view(-1, w.shape[1])
-        mm(rows, w, bias, out=flat)
-        ctx.at_once = not p and low_rank.serves(rows, a, b)
+        ctx.at_once = low_rank.serves(rows, a, b, bias)
+        mm(rows, w, None if ctx.at_once else bias, out=flat)
         if ctx.at_once:
-            inner, small_a, small_b = low_rank.add_(flat, rows, a, b, scale), a, b
+            small_a, small_b = a, b
+            inner = low_rank.add_(flat, dropped(rows, p, seed), a, b, scale / (1 - p), bias)
         else:
             small_a, small_b = a.to(x.dtype), (b * (scale / (1 - p))).to(x.dtype)
             inner = mm(dropped(rows, p, seed), small_a.T)
@@ -137,19 +138,18 @@ class _AdaptedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             weight = made(ctx.make_weight or saved, g.dtype)
             dx = mm(g, weight.T if transposed else weight)
+        x = dropped(rows_from(ctx.maker, kept), p, seed) if ctx.needs_input_grad[1] else None
         if ctx.at_once:
-            x = rows_from(ctx.maker, kept) if ctx.needs_input_grad[1] else None
-            da, db = low_rank.backward(g, x, inner, a, b, scale, dx)
-            return dx if dx is None else dx.view(shape), da, db, None, None, None, None, None, None
-        low = mm(g, b)
-        if dx is not None:
-            if p:
+            low_dx = dx if dx is None or not p else torch.zeros_like(dx)
+            da, db = low_rank.backward(g, x, inner, a, b, scale, low_dx)
+            if dx is not None and low_dx is not None and p:
+                dx += dropped(low_dx, p, seed)
+        else:
+            low = mm(g, b)
+            if dx is not None and p:
                 dx += dropped(mm(low, a), p, seed)
-            else:
+            elif dx is not None:
                 addmm_(dx, low, a)
-            dx = dx.view(shape)
-        if ctx.needs_input_grad[1]:
-            da = mm(low.T, dropped(rows_from(ctx.maker, kept), p, seed)).to(a_type)
-        if inner is not None:
-            db = mm(g.T, inner).to(b_type).mul_(scale)
-        return dx, da, db, None, None, None, None, None, None
+            da = None if x is None else mm(low.T, x).to(a_type)
+            db = None if inner is None else mm(g.T, inner).to(b_type).mul_(scale)
+        return None if dx is None else dx.view(shape), da, db, None, None, None, None, None, None

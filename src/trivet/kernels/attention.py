@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from trivet.kernels import native
+from trivet.kernels import compiled, native
 from trivet.kernels.dropout import keep, zero
 from trivet.kernels.heap import empty
 from trivet.kernels.product import multiplied, unrounded, widens
@@ -139,7 +139,7 @@ def _probabilities(
     x = _rows(q, rows)
     scores = torch.baddbmm(x.new_empty(1), x, k[:, :seen].transpose(1, 2), beta=0, alpha=scale)
     count = rows.stop - rows.start
-    ours = scores.dtype == torch.bfloat16 and seen >= _NATIVE_FROM and native.serves(scores)
+    ours = scores.dtype == torch.bfloat16 and seen >= _NATIVE_FROM and compiled.serves(scores)
     if causal and ours:
         return native.softmax_(scores, count, seen - count)
     if causal:

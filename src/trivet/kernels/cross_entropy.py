@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from trivet.kernels import fused, native
+from trivet.kernels import compiled, fused, native
 from trivet.kernels.product import few_sizes, mm
 
 #: Logits that are held at a time in 16 bits, and in 32 beside them; in float32 alone twice as many. Large enough for
@@ -96,7 +96,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         size = -(-n // max(1, -(-n * len(head.weight) // held)))  # equal chunks
         short = hidden.new_empty(size, len(head.weight))  # the same memory for every chunk
         kernels = fused if fused.fuses(hidden) else native
-        at_once = grad is not None and head.bias is None and (kernels is fused or native.serves(hidden))
+        at_once = grad is not None and head.bias is None and (kernels is fused or compiled.serves(hidden))
         wide = short if at_once or short.dtype == torch.float32 else short.new_empty(short.shape, dtype=torch.float32)
         for start in range(0, n, max(size, 1)):
             rows = slice(start, start + size)

@@ -1,6 +1,7 @@
-"""Dropout (Srivastava et al. 2014) for CPUs: four choices from a random number, where torch draws one for each entry.
+"""Dropout (Srivastava et al. 2014) for CPUs: in C by a hash of each entry's place, which every thread can compute.
 
-Random numbers are drawn one after the other by one thread, so drawing fewer is what saves time.
+Without a compiler, and for other types: four choices from a random number, where torch draws one for each entry. Random
+numbers are drawn one after the other by one thread, so drawing fewer is what saves time.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
+
+from trivet.kernels import compiled, native
 
 #: A choice is 16 of a number's 64 bits.
 _LEVELS, _CHOICES = 2**16, 4
@@ -20,9 +24,12 @@ def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
     """x with a share `p` of its entries 0 and the others divided by 1 - p; which ones, torch's global state decides.
 
     Args:
-        x: any shape, on a CPU (or without data, on the meta device). A byte an entry is kept for the backward pass.
-        p: above 0 and below 1; taken to the nearest multiple of 2⁻¹⁶.
+        x: any shape, on a CPU (or without data, on the meta device). In C nothing is kept for the backward pass, else a
+            byte an entry.
+        p: above 0 and below 1; taken to the nearest multiple of 2⁻³² in C, else of 2⁻¹⁶.
     """
+    if compiled.serves(x):
+        return _Hashed.apply(x, p, int(torch.randint(2**62, ())))
     return _Dropout.apply(x, p)
 
 
@@ -49,10 +56,24 @@ def dropped(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
     """x, on any device, with a share p of its entries 0 and the others as they are; the same ones for one seed."""
     if not p:
         return x
+    if compiled.serves(x):
+        return native.dropout(x, p, seed, 1.0)
     random = torch.Generator(x.device).manual_seed(seed)
     if x.device.type == "cpu":
         return zero(x, keep(x.shape, p, random))
     return x * (torch.rand(x.shape, generator=random, device=x.device) >= p)
+
+
+class _Hashed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Any, p: float, seed: int) -> torch.Tensor:
+        ctx.settings = p, seed, 1 / (1 - p)
+        return native.dropout(x, *ctx.settings)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Any) -> Any:
+        return native.dropout(grad, *ctx.settings), None, None
 
 
 class _Dropout(torch.autograd.Function):

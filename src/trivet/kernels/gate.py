@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from trivet.kernels import fused, native
+from trivet.kernels import compiled, fused, native
 from trivet.kernels.heap import empty
 from trivet.kernels.recipe import carries
 
@@ -19,7 +19,7 @@ def silu_gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     With Triton or a C compiler it is computed in float32 and rounded once, else as torch does, SiLU rounded too.
     """
     kernels = fused if fused.fuses(gate) else native
-    if kernels is fused or (native.serves(gate) and up.dtype == gate.dtype):
+    if kernels is fused or (compiled.serves(gate) and up.dtype == gate.dtype):
         gate, up = gate.contiguous(), up.contiguous()
         return carries(_FusedSiLUGate.apply(gate, up, kernels), kernels.silu_gate, gate, up)
     again = _Again()

@@ -42,16 +42,7 @@ static inline bf16 narrow(float x) {
     return z;
 }
 
-/* x + 32 numbers of y in their place. */
-static inline void add(bf16 *y, const float *x) {
-    __m512i old = _mm512_loadu_si512(y);
-    __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(old));
-    __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(old, 1));
-    __m512 first = _mm512_add_ps(_mm512_castsi512_ps(_mm512_slli_epi32(low, 16)), _mm512_load_ps(x));
-    __m512 second = _mm512_add_ps(_mm512_castsi512_ps(_mm512_slli_epi32(high, 16)), _mm512_load_ps(x + TILE));
-    __m512bh sum = _mm512_cvtne2ps_pbh(second, first);
-    memcpy(y, &sum, 64);
-}
+static inline __m512 widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 
 typedef struct {
     uint8_t palette, start, reserved[14];
@@ -105,8 +96,7 @@ static void pack_for_sum(factor f, bf16 *to) {
     }
 }
 
-/* thin = x fT of `count` rows (DEPTH at most): rows of `room` numbers; and where it is asked for, turned, 0 behind `count`,
- * with columns `ld` apart. */
+/* thin = x fT of `count` rows (DEPTH at most): rows of `room` numbers, and turned, 0 behind `count`, with columns `ld` apart. */
 static void find_thin(const bf16 *x, int64_t k, int64_t count, const bf16 *f, int64_t rank, bf16 *thin, int64_t room,
                       bf16 *turned, int64_t ld) {
     float sums[4][TILE][TILE] ALIGNED; /* two for each half of the rows: each second one can begin before the first ends */
@@ -140,14 +130,15 @@ static void find_thin(const bf16 *x, int64_t k, int64_t count, const bf16 *f, in
             __m256bh sum = _mm512_cvtneps_pbh(_mm512_add_ps(_mm512_load_ps(first), _mm512_load_ps(second)));
             memcpy(thin + row * room + i, &sum, 32);
         }
-        for (int64_t r = 0; turned && r < TILE; r++)
+        for (int64_t r = 0; r < TILE; r++)
             for (int64_t row = 0; row < DEPTH; row++)
                 turned[(i + r) * ld + row] = row < count ? thin[row * room + i + r] : 0;
     }
 }
 
-/* y += thin f of `count` rows (DEPTH at most). */
-static void add_product(bf16 *y, int64_t k, int64_t count, const bf16 *thin, int64_t room, const bf16 *f) {
+/* y += thin f + bias, which may be NULL, of `count` rows (DEPTH at most). */
+static void add_product(bf16 *y, int64_t k, int64_t count, const bf16 *thin, int64_t room, const bf16 *f,
+                        const bf16 *bias) {
     float sums[DEPTH][DEPTH] ALIGNED;
     const bf16 *lower = thin + TILE * room;
     int64_t next = room * TILE;
@@ -170,7 +161,16 @@ static void add_product(bf16 *y, int64_t k, int64_t count, const bf16 *thin, int
         _tile_stored(1, sums[0] + TILE, 128);
         _tile_stored(2, sums[TILE], 128);
         _tile_stored(3, sums[TILE] + TILE, 128);
-        for (int64_t row = 0; row < count; row++) add(y + row * k + j, sums[row]);
+        __m512i added = bias ? _mm512_loadu_si512(bias + j) : _mm512_setzero_si512();
+        __m512 left = widened(_mm512_castsi512_si256(added)), right = widened(_mm512_extracti64x4_epi64(added, 1));
+        for (int64_t row = 0; row < count; row++) {
+            bf16 *to = y + row * k + j;
+            __m512i old = _mm512_loadu_si512(to);
+            __m512 first = _mm512_add_ps(widened(_mm512_castsi512_si256(old)), _mm512_load_ps(sums[row]));
+            __m512 second = _mm512_add_ps(widened(_mm512_extracti64x4_epi64(old, 1)), _mm512_load_ps(sums[row] + TILE));
+            __m512bh sum = _mm512_cvtne2ps_pbh(_mm512_add_ps(second, right), _mm512_add_ps(first, left));
+            memcpy(to, &sum, 64);
+        }
     }
 }
 
@@ -239,10 +239,11 @@ static void fit(int64_t count) {
     if (count < DEPTH) configure(MIN(TILE, count), MAX(1, count - TILE));
 }
 
-/* y (n x m) += scale (x aT) bT, with x (n x k), a (rank x k), b (m x rank). `turned`, NULL or (rank rounded up to TILE x n
- * rounded up to DEPTH), becomes (x aT)T. `packed` has room for both factors, their ranks rounded up to DEPTH. */
-void low_rank_add(int type, bf16 *y, const bf16 *x, const float *a, const float *b, bf16 *turned, bf16 *packed, int64_t n,
-                  int64_t k, int64_t m, int64_t rank, float scale, int threads) {
+/* y (n x m) += scale (x aT) bT + bias, with x (n x k), a (rank x k), b (m x rank), and m numbers of bias, or NULL. `turned`
+ * (rank rounded up to TILE x n rounded up to DEPTH) becomes (x aT)T. `packed` has room for both factors, their ranks
+ * rounded up to DEPTH. */
+void low_rank_add(int type, bf16 *y, const bf16 *x, const float *a, const float *b, const bf16 *bias, bf16 *turned,
+                  bf16 *packed, int64_t n, int64_t k, int64_t m, int64_t rank, float scale, int threads) {
     int64_t room = rounded(rank, DEPTH), ld = rounded(n, DEPTH);
     bf16 *for_thin = packed, *for_sum = packed + room * k;
     (void)type;
@@ -260,8 +261,8 @@ void low_rank_add(int type, bf16 *y, const bf16 *x, const float *a, const float 
         for (int64_t i = THREAD * each; i < end; i += DEPTH) {
             int64_t count = MIN(DEPTH, end - i);
             fit(count);
-            find_thin(x + i * k, k, count, for_thin, rank, thin, room, turned ? turned + i : NULL, ld);
-            add_product(y + i * m, m, count, thin, room, for_sum);
+            find_thin(x + i * k, k, count, for_thin, rank, thin, room, turned + i, ld);
+            add_product(y + i * m, m, count, thin, room, for_sum, bias);
         }
         _tile_loadconfig(&others);
     }
@@ -294,7 +295,7 @@ void low_rank_backward(int type, const bf16 *g, const bf16 *x, const bf16 *turne
                 int64_t count = MIN(DEPTH, chunk - j);
                 fit(count);
                 find_thin(g + (i + j) * m, m, count, for_thin, rank, thin, room, low + j, CHUNK);
-                if (dx) add_product(dx + (i + j) * k, k, count, thin, room, for_sum);
+                if (dx) add_product(dx + (i + j) * k, k, count, thin, room, for_sum, NULL);
             }
             configure(TILE, TILE);
             if (da) find_gradient(x + i * k, k, chunk, low, CHUNK, rank, found, wide, i > start);

@@ -1,8 +1,8 @@
-"""An adapted layer's products with its two factors, one C function for those of a forward pass and one for a backward one.
+"""An adapted layer's products with its two factors, by AMX: one C function for a forward pass, one for a backward one.
 
-torch takes three products for the one and four for the other, of large tensors with thin ones: AMX is given too little work
-by each to be worth its code's start, x and the gradients are read from memory twice, and the factors are copied to 16 bits
-first. `low_rank.c` has them by AMX instructions, in one pass over memory; sums are in float32, and so are the gradients.
+torch takes two products for the one and four for the other, of large tensors with thin ones: each is little work for
+its library, x and the gradients are read from memory twice, and the factors are copied to 16 bits first. `low_rank.c`
+has them by instructions of the processor, chunk by chunk; sums are in float32, and so are the gradients.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 
 import torch
 
-from trivet.kernels import native
+from trivet.kernels import compiled
 
 #: Of low_rank.c: what features and, in its results, ranks and rows are rounded up to.
 _TILE, _DEPTH = 16, 32
@@ -19,27 +19,35 @@ _TILE, _DEPTH = 16, 32
 _MOST_RANKS = 128
 
 
-def serves(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether these functions take x (n, k) and the factors A (rank, k) and B (m, rank)."""
-    if x.dtype != torch.bfloat16 or not native.serves(x) or not _ready():
+def serves(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
+    """Whether these functions take x (n, k), the factors A (rank, k) and B (m, rank), and the layer's bias (m)."""
+    if x.dtype != torch.bfloat16 or not compiled.serves(x) or not _ready():
         return False
-    factors = all(f.dtype == torch.float32 and f.is_contiguous() and native.serves(f) for f in (a, b))
+    factors = all(f.dtype == torch.float32 and f.is_contiguous() and compiled.serves(f) for f in (a, b))
     fits = a.shape[1] % _DEPTH == b.shape[0] % _DEPTH == 0 and len(x) >= _DEPTH and len(a) <= _MOST_RANKS
-    return factors and fits and x.is_contiguous()
+    return factors and fits and x.is_contiguous() and (bias is None or bias.dtype == x.dtype)
 
 
 @functools.cache
 def _ready() -> bool:
     """Whether this processor has AMX, and its system lets us use it."""
-    return native.ready("low_rank")
+    return compiled.ready("low_rank")
 
 
-def add_(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """y += scale · (x Aᵀ) Bᵀ, in place.
+def add_(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y += scale · (x Aᵀ) Bᵀ + bias, in place.
 
     Args:
         y: (n, m), contiguous.
         x, a, b: as `serves` takes them.
+        bias: (m,). torch's product would write it to all rows first.
 
     Returns:
         (x Aᵀ)ᵀ, for `backward`.
@@ -47,7 +55,7 @@ def add_(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, sca
     (n, k), (m, rank) = x.shape, b.shape
     turned = x.new_empty(_up(rank, _TILE), _up(n, _DEPTH))
     packed = x.new_empty(_up(rank, _DEPTH) * (k + m))
-    native.call("low_rank_add", x, y, x, a, b, turned, packed, n, k, m, rank, float(scale))
+    compiled.call("low_rank_add", x, y, x, a, b, bias, turned, packed, n, k, m, rank, float(scale))
     return turned
 
 
@@ -74,7 +82,7 @@ def backward(
     packed = grad.new_empty(_up(rank, _DEPTH) * (k + m))
     parts = a.new_empty(torch.get_num_threads() * _up(rank, _TILE) * (k + m))
     sizes = n, k, m, rank
-    native.call("low_rank_backward", grad, grad, x, turned, a, b, dx, da, db, packed, parts, *sizes, float(scale))
+    compiled.call("low_rank_backward", grad, grad, x, turned, a, b, dx, da, db, packed, parts, *sizes, float(scale))
     return da, db
 
 

@@ -1,9 +1,9 @@
-/* The CPU's counterpart of fused.py: norms, gated activations, rotary positions, softmax and cross-entropy, each in one
- * pass over memory; and attention within rows. Numbers are float32 or bfloat16 in memory and float32 in between;
- * `native.py` compiles this file and says what each function computes.
+/* The CPU's counterpart of fused.py: norms, gated activations, rotary positions, softmax, dropout and cross-entropy, each
+ * in one pass over memory; and attention within rows. Numbers are float32 or bfloat16 in memory and float32 in between.
+ * `native.py` says what each function computes.
  *
  * Rows are read in pieces of PIECE numbers that stay in the first cache, so that one code serves both types. NaN and
- * infinities go through as in torch: the flags that native.py sets leave them alone.
+ * infinities go through as in torch: the flags that compiled.py sets leave them alone.
  */
 
 #include <math.h>
@@ -332,6 +332,38 @@ void cross_entropy(int type, void *products, const int64_t *targets, float *loss
     }
 }
 
+/* -- dropout ---------------------------------------------------------------------------------------------------- */
+
+static inline uint32_t mixed(uint32_t x) { /* MurmurHash3's last step */
+    x = (x ^ (x >> 16)) * 0x85ebca6bu;
+    x = (x ^ (x >> 13)) * 0xc2b2ae35u;
+    return x ^ (x >> 16);
+}
+
+/* What the numbers at one place begin their hashes with. */
+static inline uint32_t begun_at(int64_t seed, uint32_t place) {
+    return (uint32_t)seed ^ mixed((uint32_t)(seed >> 32) ^ place);
+}
+
+/* y = x times `kept`, or 0 for a share of dropped / 2^32. */
+static inline void drop(uint32_t start, int64_t dropped, float kept, const float *x, float *y, int64_t n) {
+    uint32_t limit = (uint32_t)dropped;
+    for (int64_t j = 0; j < n; j++) y[j] = mixed(start + (uint32_t)j * 0x9e3779b9u) >= limit ? x[j] * kept : 0.0f;
+}
+
+void dropout(int type, const void *x, void *y, int64_t count, int64_t dropped, int64_t seed, float kept, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < count; i += PIECE) {
+        float a[PIECE], b[PIECE];
+        int64_t n = MIN(PIECE, count - i);
+        uint64_t piece = (uint64_t)i / PIECE;
+        uint32_t here = mixed((uint32_t)piece ^ mixed((uint32_t)(piece >> 32)));
+        float *out = place(type, y, i, b);
+        drop(begun_at(seed, here), dropped, kept, read(type, x, i, n, a), out, n);
+        put(type, y, i, n, out);
+    }
+}
+
 /* -- attention within rows ------------------------------------------------------------------------------------ */
 
 #ifdef __AVX512F__
@@ -445,12 +477,6 @@ static void weigh(float *scores, int64_t room, int64_t count, int64_t visible, i
     }
 }
 
-static inline uint32_t mixed(uint32_t x) { /* MurmurHash3's last step */
-    x = (x ^ (x >> 16)) * 0x85ebca6bu;
-    x = (x ^ (x >> 13)) * 0xc2b2ae35u;
-    return x ^ (x >> 16);
-}
-
 /* A row's `length` queries lie from `first` on. Its keys are the batch's first ones, so many as are `before`, and where it
  * has `own` keys, as many as queries and in their places, a query sees these up to its own, too (causal rows). */
 typedef struct {
@@ -464,14 +490,12 @@ typedef struct {
     float scale, kept;
 } layout;
 
-/* y = x where it is kept, times 1 / the share that is kept, else 0. */
-static void drop(layout s, int64_t batch, int64_t head, int64_t query, const float *x, float *y, int64_t room,
-                 int64_t count, int64_t keys) {
+/* Dropout of `count` queries' weights. */
+static void drop_weights(layout s, int64_t batch, int64_t head, int64_t query, const float *x, float *y, int64_t room,
+                         int64_t count, int64_t keys) {
     for (int64_t i = 0; i < count; i++, x += room, y += room) {
-        uint32_t place = mixed((uint32_t)(query + i) ^ mixed((uint32_t)(batch * s.heads + head)));
-        uint32_t start = (uint32_t)s.seed ^ mixed((uint32_t)(s.seed >> 32) ^ place), limit = (uint32_t)s.dropped;
-        for (int64_t j = 0; j < keys; j++)
-            y[j] = mixed(start + (uint32_t)j * 0x9e3779b9u) >= limit ? x[j] * s.kept : 0.0f;
+        uint32_t here = mixed((uint32_t)(query + i) ^ mixed((uint32_t)(batch * s.heads + head)));
+        drop(begun_at(s.seed, here), s.dropped, s.kept, x, y, keys);
     }
 }
 
@@ -510,7 +534,7 @@ static void attend(layout s, span row, int64_t head, tensor q, tensor k, tensor 
         for (int64_t i = 0; i < row.length; i += QUERIES) {
             int64_t count = MIN(QUERIES, row.length - i);
             int64_t end = weights_of(s, row, h, i, count, q, turned, keys, queries, scores);
-            if (s.dropped) drop(s, row.batch, h, row.first + i, scores, scores, keys, count, end);
+            if (s.dropped) drop_weights(s, row.batch, h, row.first + i, scores, scores, keys, count, end);
             product(y, s.room, scores, keys, 1, values, s.room, count, s.width, end, 0);
             give(out, row.batch, h, row.first + i, count, s.width, 1, y, s.room);
         }
@@ -537,10 +561,10 @@ static void attend_backward(layout s, span row, int64_t head, tensor g, tensor q
             int64_t count = MIN(QUERIES, row.length - i);
             int64_t end = weights_of(s, row, h, i, count, q, key_turned, keys, queries, p);
             take(g, row.batch, h, row.first + i, count, s.width, 1, grads, s.room);
-            if (s.dropped) drop(s, row.batch, h, row.first + i, p, dp, keys, count, end); /* dp's room is free until below */
+            if (s.dropped) drop_weights(s, row.batch, h, row.first + i, p, dp, keys, count, end); /* dp's room is free until below */
             product(in_value, s.room, s.dropped ? dp : p, 1, keys, grads, s.room, end, s.width, count, 1);
             product(dp, keys, grads, s.room, 1, value_turned, keys, count, rounded(end), s.width, 0);
-            if (s.dropped) drop(s, row.batch, h, row.first + i, dp, dp, keys, count, end);
+            if (s.dropped) drop_weights(s, row.batch, h, row.first + i, dp, dp, keys, count, end);
             for (int64_t r = 0; r < count; r++) {
                 float *weights = p + r * keys, *slopes = dp + r * keys, mean = 0;
 #pragma omp simd reduction(+ : mean)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from trivet.kernels import fused, native
+from trivet.kernels import compiled, fused, native
 from trivet.kernels.heap import empty
 from trivet.kernels.recipe import carries
 
@@ -28,7 +28,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """
     if fused.fuses(x) and x.shape[-1] <= fused.LONGEST:
         return _FusedRMSNorm.apply(x, weight, eps, fused)
-    if native.serves(x) and weight.dtype == x.dtype:
+    if compiled.serves(x) and weight.dtype == x.dtype:
         x = x.contiguous()
         return carries(_FusedRMSNorm.apply(x, weight, eps, native), partial(_again, eps), x, weight.clone())
     y, inverse = _RMSNorm.apply(x, weight, eps)

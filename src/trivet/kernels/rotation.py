@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from trivet.kernels import fused, native
+from trivet.kernels import compiled, fused, native
 from trivet.kernels.heap import empty
 
 
@@ -43,7 +43,7 @@ class _Rotation(torch.autograd.Function):
 
 
 def _turning(x: torch.Tensor) -> Callable[..., torch.Tensor]:
-    return fused.rotate if fused.fuses(x) else native.rotate if native.serves(x) else _rotate
+    return fused.rotate if fused.fuses(x) else native.rotate if compiled.serves(x) else _rotate
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from trivet.kernels import native
+from trivet.kernels import compiled, native
 from trivet.kernels.heap import empty
 from trivet.kernels.product import multiplied
 
@@ -26,7 +26,7 @@ _PIECES = 4
 def serves(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: torch.Tensor) -> bool:
     """Whether attention is better computed here; arguments as below."""
     width, dtype = query.shape[-1], query.dtype
-    if not all(native.serves(each) and each.stride(-1) == 1 and each.dtype == dtype for each in (query, key, value)):
+    if not all(compiled.serves(each) and each.stride(-1) == 1 and each.dtype == dtype for each in (query, key, value)):
         return False
     if not width == key.shape[-1] == value.shape[-1] <= native.WIDEST:
         return False
