@@ -230,6 +230,12 @@ def test_a_head_whose_weight_was_changed_or_exchanged() -> None:
     agree(model, batch)
     base.lm_head.weight = torch.nn.Parameter(-base.lm_head.weight.detach(), requires_grad=False)
     agree(model, batch)
+    head = read_head(model)
+    assert head is not None and head.bias is not None
+    base.final_logits_bias.zero_()  # as BART's is
+    agree(model, batch)
+    head = read_head(model)
+    assert head is not None and head.bias is None
 
 
 def test_a_head_with_arithmetic_of_its_own_is_the_models_own() -> None:

@@ -111,6 +111,8 @@ def _read(model: Any, layer: nn.Module) -> Head | None:
     if any(tensor.requires_grad for tensor in (layer.weight, *biases)):
         return None
     bias = torch.stack(biases).sum(0) if biases else None
+    if bias is not None and bias.device.type == "cpu" and not bias.any():  # BART's is there for whoever wants one
+        bias = None
     return Head(layer.weight, bias, scale, getattr(config, "final_logit_softcapping", None))
 
 

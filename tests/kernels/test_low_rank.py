@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from trivet.adapter.fast import _AdaptedLinear
 from trivet.kernels import compiled, low_rank
 
-pytestmark = pytest.mark.skipif(not low_rank._ready(), reason="this processor has no AMX, or no C compiler is here")
+pytestmark = pytest.mark.skipif(
+    not compiled.multiplies_tiles(), reason="this processor has no AMX, or no C compiler is here"
+)
 SCALE = 1.5
 
 

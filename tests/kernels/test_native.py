@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trivet.kernels import attention, compiled, gate, native, norm
+from trivet.kernels.cross_entropy import Head, linear_cross_entropy
 
 needs_compiler = pytest.mark.skipif(compiled.compiler() is None, reason="no C compiler is on this machine")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -157,6 +158,20 @@ def test_what_is_no_number_stays_none() -> None:
 @pytest.mark.parametrize("n", [1, 16, 17, 50])
 def test_a_head_in_chunks(n: int) -> None:
     check_chunks(n, "cpu")
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_head_with_a_bias(dtype: torch.dtype) -> None:
+    hidden = draw(50, 8, seed=2, dtype=dtype).requires_grad_()
+    weight, bias, targets = draw(23, 8, seed=1, dtype=dtype), draw(23, seed=4, dtype=dtype), torch.arange(50) % 23
+    losses, _ = linear_cross_entropy(hidden, targets, Head(weight, bias))
+    wide = hidden.detach().double().requires_grad_()
+    exact = F.cross_entropy(wide @ weight.double().T + bias.double(), targets, reduction="none")
+    share = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(losses.double(), exact, rtol=share, atol=share)
+    found, wanted = (torch.autograd.grad(each.sum(), x)[0] for each, x in ((losses, hidden), (exact, wide)))
+    torch.testing.assert_close(found.double(), wanted, rtol=share, atol=share)
 
 
 @needs_compiler

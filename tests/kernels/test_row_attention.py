@@ -11,7 +11,7 @@ from exact import draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trivet.kernels import attention, compiled, product, row_attention
+from trivet.kernels import attention, compiled, native, product, row_attention
 from trivet.kernels.row_attention import rows_between, rows_of, serves
 
 pytestmark = pytest.mark.skipif(compiled.compiler() is None, reason="no C compiler is on this machine")
@@ -44,6 +44,14 @@ def near(found: torch.Tensor, exact: torch.Tensor) -> None:
 
 
 def agree(qkv: list[torch.Tensor], rows: torch.Tensor, scale: float | None = None) -> None:
+    """In vectors; where this machine can, in tiles, too."""
+    for tiled in {False, native.tiled(qkv[0])}:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(native, "tiled", lambda query, tiled=tiled: tiled)
+            agree_one_way(qkv, rows, scale)
+
+
+def agree_one_way(qkv: list[torch.Tensor], rows: torch.Tensor, scale: float | None) -> None:
     batch, heads, queries, width = qkv[0].shape
     weights = draw(batch, queries, heads, width, seed=7, dtype=qkv[0].dtype)
     y = row_attention.row_attention(*qkv, rows, scale)
@@ -61,7 +69,7 @@ def agree(qkv: list[torch.Tensor], rows: torch.Tensor, scale: float | None = Non
     lengths=st.lists(st.integers(0, 70), min_size=1, max_size=5).filter(any),
     shared=st.sampled_from([0, 0, 1, 20, 40]),
     heads=st.sampled_from([(1, 1), (3, 3), (6, 2), (4, 1)]),
-    width=st.sampled_from([4, 16, 32, 40, 64]),
+    width=st.sampled_from([4, 16, 32, 40, 64, 96]),
     dtype=st.sampled_from(DTYPES),
     scale=st.sampled_from([None, 0.3]),
 )
@@ -75,20 +83,22 @@ def test_packed_rows(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("length", [1, 31, 32, 33, 200])
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 128, 200, 300])
 @pytest.mark.parametrize("causal", [True, False])
-def test_rows_of_a_batch(causal: bool, length: int, dtype: torch.dtype) -> None:
-    qkv = inputs(length, 4, 2, 16, dtype, batch=3)
+@pytest.mark.parametrize("width", [16, 64])
+def test_rows_of_a_batch(width: int, causal: bool, length: int, dtype: torch.dtype) -> None:
+    qkv = inputs(length, 4, 2, width, dtype, batch=3)
     rows = rows_of(qkv[0], qkv[1], None, causal=causal)
     assert rows is not None
     agree(qkv, rows)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("queries", "keys"), [(40, 40), (7, 100), (70, 33)])
-def test_padding_on_the_right(queries: int, keys: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("queries", "keys"), [(40, 40), (7, 100), (70, 33), (150, 260)])
+@pytest.mark.parametrize("width", [16, 32])
+def test_padding_on_the_right(width: int, queries: int, keys: int, dtype: torch.dtype) -> None:
     """Padding as queries sees what the others see, and has no gradient as keys."""
-    q, (_, k, v) = inputs(queries, 4, 2, 16, dtype, batch=3)[0], inputs(keys, 4, 2, 16, dtype, batch=3, seed=4)
+    q, (_, k, v) = inputs(queries, 4, 2, width, dtype, batch=3)[0], inputs(keys, 4, 2, width, dtype, batch=3, seed=4)
     counts = torch.tensor([keys, 5, keys - 1])
     mask = (torch.arange(keys) < counts[:, None])[:, None, None]
     for given_mask in (mask, mask.expand(-1, -1, queries, -1)):
@@ -111,8 +121,9 @@ def test_masks_that_say_more_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_large_scores(dtype: torch.dtype) -> None:
-    q, k, v = inputs(50, 2, 2, 16, dtype)
+@pytest.mark.parametrize("width", [16, 32])
+def test_large_scores(width: int, dtype: torch.dtype) -> None:
+    q, k, v = inputs(50, 2, 2, width, dtype)
     agree([(40 * q).detach().requires_grad_(), k, v], rows_between(torch.tensor([0, 50])))
 
 
@@ -158,8 +169,25 @@ def test_dropout(causal: bool) -> None:
         near(one, other)
 
 
-def test_what_is_not_a_number_stays_in_its_row() -> None:
-    q, k, v = inputs(30, 2, 2, 16, torch.float32)
+@pytest.mark.skipif(not compiled.multiplies_tiles(), reason="this processor has no AMX")
+@pytest.mark.parametrize("causal", [True, False])
+def test_tiles_drop_what_vectors_drop(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    qkv = inputs(170, 4, 2, 32, torch.bfloat16, batch=2)
+    rows = rows_of(qkv[0], qkv[1], None, causal=causal)
+    assert rows is not None and native.tiled(qkv[0])
+    results = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        y = row_attention.row_attention(*qkv, rows, None, 0.3)
+        results.append([y, *torch.autograd.grad(y, qkv, draw(*y.shape, seed=6, dtype=torch.bfloat16))])
+        monkeypatch.setattr(native, "tiled", lambda query: False)
+    for one, other in zip(*results, strict=True):
+        near(one, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_a_number_stays_in_its_row(dtype: torch.dtype) -> None:
+    q, k, v = inputs(30, 2, 2, 32, dtype)
     with torch.no_grad():
         k[0, 0, 4, 3] = torch.nan
     y = row_attention.row_attention(q, k, v, rows_between(torch.tensor([0, 10, 30])))
@@ -188,6 +216,10 @@ def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not serves(q[:1], k[:1], v[:1], rows[:1])  # too few pieces for two threads
     assert not serves(q, k, v[..., :32], rows) and not serves(q, k, v.bfloat16(), rows)
     assert not serves(*(each.double() for each in (q, k, v)), rows)
+    monkeypatch.setattr(native, "tiled", lambda query: True)
+    assert serves(q, k, v, 64 * rows) and serves(q[:1], k[:1], v[:1], rows[:1])
+    assert not serves(q, k, v, 1024 * rows) and not serves(q[:1], k[:1, :1], v[:1, :1], rows[:1])
+    monkeypatch.setattr(native, "tiled", lambda query: False)
     turned = q.transpose(2, 3).contiguous().transpose(2, 3)
     assert not serves(turned, k, v, rows)
 
@@ -199,6 +231,7 @@ def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     attention.attention(q, k, v, causal=True, dropout=0.1)
     assert len(calls) == 3 and calls[2][-1] == 0.1
     monkeypatch.setattr(product, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(native, "tiled", lambda query: False)
     attention.attention(*(each.bfloat16() for each in (q, k, v)))  # nothing but products
     assert len(calls) == 3
     attention.attention(q[:, :, 32:], k, v, causal=True)

@@ -1,6 +1,6 @@
 """Exact attention in blocks of queries, for CPUs: as memory-lean as flash attention, and several times as fast.
 
-Where rows are not long and no mask but that of padding is there, `row_attention.py` is faster still.
+Where no mask but that of padding is there, and rows are not long or AMX is there, `row_attention.py` is faster still.
 
 A block's scores are one batched product over all query heads that share a key head, so keys and values are never
 repeated. Probabilities are not kept but computed again in the backward pass (Dao et al. 2022, arXiv 2205.14135,
@@ -53,7 +53,7 @@ def attention(
         (batch, queries, heads, width), contiguous: ready to be viewed as (batch, queries, features).
     """
     plain = mask is None and not causal and not dropout  # products are nearly all of it
-    rows = None if plain and multiplied(query) else rows_of(query, key, mask, causal=causal)
+    rows = None if plain and multiplied(query) and not native.tiled(query) else rows_of(query, key, mask, causal=causal)
     if rows is not None and serves(query, key, value, rows):
         return row_attention(query, key, value, rows, scale, dropout)
     if widens(query):

@@ -1,7 +1,8 @@
 """C functions for CPUs: compiled once a machine, and called.
 
-`native.c` and `low_rank.c` are compiled by the C compiler that is found, into trivet's cache (Triton does so with its
-launchers). Where there is none, torch's operations stay.
+`native.c` is for every processor, `low_rank.c` and `tile_attention.c` for those with AMX. They are compiled by the C
+compiler that is found, into trivet's cache (Triton does so with its launchers). Where there is none, torch's operations
+stay.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from trivet.demo import cache_dir
 
 #: As the sources number them.
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "low_rank.c"))
+_SOURCES = tuple(sorted(Path(__file__).parent.glob("*.c")))
+_HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
 _FLAGS = (
     "-std=c11",
     "-O3",
@@ -81,7 +83,9 @@ def _library() -> ctypes.CDLL | str:
 
 def _compiled(command: Sequence[str]) -> Path:
     """The library's file, made if this processor and this compiler have not made it yet."""
-    key = repr((command, _FLAGS, _CHOICES, _processor())).encode() + b"".join(each.read_bytes() for each in _SOURCES)
+    key = repr((command, _FLAGS, _CHOICES, _processor())).encode() + b"".join(
+        each.read_bytes() for each in (*_SOURCES, *_HEADERS)
+    )
     folder = cache_dir() / "kernels"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     state = folder.stat()
@@ -113,9 +117,11 @@ def _processor() -> str:
 Argument = torch.Tensor | int | float | ctypes.Array[ctypes.c_int64] | None
 
 
-def ready(part: str) -> bool:
-    """Whether a source's functions are there and its `…_ready` says that this machine can run them."""
-    return missing() is None and bool(getattr(_library(), f"{part}_ready")())
+@functools.cache
+def multiplies_tiles() -> bool:
+    """Whether this processor has AMX for 16-bit numbers, and its system lets us use it."""
+    library = _library()
+    return not isinstance(library, str) and bool(library.tiles_ready())
 
 
 def call(name: str, x: torch.Tensor, *arguments: Argument) -> None:

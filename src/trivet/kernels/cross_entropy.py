@@ -96,14 +96,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         size = -(-n // max(1, -(-n * len(head.weight) // held)))  # equal chunks
         short = hidden.new_empty(size, len(head.weight))  # the same memory for every chunk
         kernels = fused if fused.fuses(hidden) else native
-        at_once = grad is not None and head.bias is None and (kernels is fused or compiled.serves(hidden))
+        plain = head.bias is None or head.bias.dtype == hidden.dtype
+        at_once = grad is not None and plain and (kernels is fused or compiled.serves(hidden))
         wide = short if at_once or short.dtype == torch.float32 else short.new_empty(short.shape, dtype=torch.float32)
         for start in range(0, n, max(size, 1)):
             rows = slice(start, start + size)
             target = targets[rows, None]
             products, p = short[: len(target)], wide[: len(target)]
             if grad is not None and at_once:
-                mm(hidden[rows], head.weight.T, out=products)
+                mm(hidden[rows], head.weight.T, head.bias, out=products)
                 losses[rows], right[rows] = kernels.cross_entropy_(
                     products, target, scale=head.scale, cap=head.cap, z_loss=z_loss
                 )

@@ -1,16 +1,13 @@
 /* The products of an adapted layer with its two factors, by AMX: `low_rank.py` says what they are.
  *
  * `thin` has a column for each rank. With a factor f (rank x k), thin = x fT; y += thin f; and f's gradient is thinT x.
- * All that is read of x, y and their gradients is read as it lies in memory, in tiles of 16 rows x 32 numbers. The right
- * side of a product is packed: of two rows that follow each other the numbers lie in turns. A thread has some of the rows
- * and goes through them in chunks that stay in its second cache, all products of a chunk one after the other.
+ * Tensors are read as they lie in memory. A thread has some of the rows and goes through them in chunks that stay in its
+ * second cache, all products of a chunk one after the other.
  */
 
 #define _GNU_SOURCE
 #include <stdint.h>
 #if defined(__linux__) && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
-#include <immintrin.h>
-#include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #ifdef _OPENMP
@@ -21,18 +18,15 @@
 #define THREAD 0
 #define THREADS 1
 #endif
+#include "tiles.h"
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
-#define ALIGNED __attribute__((aligned(64)))
 
-/* A tile has TILE rows of DEPTH 16-bit numbers, or of TILE float32 ones. STRIP: columns of a gradient found at a time. */
-enum { TILE = 16, DEPTH = 32, PACKED = TILE * DEPTH, CHUNK = 128, STRIP = 64 };
-typedef uint16_t bf16;
+/* Rows that a thread reads twice, and columns of a gradient that are found at a time. */
+enum { CHUNK = 128, STRIP = 64 };
 
 /* Linux has to be asked for the tiles' registers, once a process (ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA). */
-int low_rank_ready(void) { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
-
-static int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+int tiles_ready(void) { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 
 /* To the nearest, to even in between. */
 static inline bf16 narrow(float x) {
@@ -40,25 +34,6 @@ static inline bf16 narrow(float x) {
     bf16 z;
     memcpy(&z, &y, 2);
     return z;
-}
-
-static inline __m512 widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
-
-typedef struct {
-    uint8_t palette, start, reserved[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-} configuration;
-
-/* Tiles 0, 1 and 4 have so many rows, 2, 3 and 5 so many, and 6 and 7, the packed ones, all. */
-static void configure(int64_t upper, int64_t lower) {
-    configuration c = {.palette = 1};
-    for (int i = 0; i < 8; i++) {
-        c.bytes[i] = 64;
-        c.rows[i] = i < 2 || i == 4 ? upper : i < 6 ? lower : TILE;
-    }
-    __asm__ volatile("" ::"r"(&c) : "memory");
-    _tile_loadconfig(&c);
 }
 
 /* `rank` rows of k float32 numbers, which lie `down` and `along` apart, times `scale`. */
@@ -72,7 +47,7 @@ static inline bf16 taken(factor f, int64_t rank, int64_t i) { return narrow(f.sc
 
 /* For thin = x fT: tiles by (ranks, numbers). Threads share the work. */
 static void pack_for_thin(factor f, bf16 *to) {
-    int64_t along = f.k / DEPTH, count = rounded(f.rank, TILE) / TILE * along;
+    int64_t along = f.k / DEPTH, count = rounded_to(f.rank, TILE) / TILE * along;
 #pragma omp for nowait
     for (int64_t at = 0; at < count; at++) {
         int64_t rank = at / along * TILE, i = at % along * DEPTH;
@@ -85,7 +60,7 @@ static void pack_for_thin(factor f, bf16 *to) {
 
 /* For y += thin f: tiles by (numbers, ranks). */
 static void pack_for_sum(factor f, bf16 *to) {
-    int64_t down = rounded(f.rank, DEPTH) / DEPTH, count = f.k / TILE * down;
+    int64_t down = rounded_to(f.rank, DEPTH) / DEPTH, count = f.k / TILE * down;
 #pragma omp for nowait
     for (int64_t at = 0; at < count; at++) {
         int64_t rank = at % down * DEPTH, i = at / down * TILE;
@@ -174,29 +149,14 @@ static void add_product(bf16 *y, int64_t k, int64_t count, const bf16 *thin, int
     }
 }
 
-/* `wide` columns (STRIP at most) of `count` rows (CHUNK at most), packed: tiles by (rows, columns), 0 behind `count`. */
-static void pack_rows(const bf16 *x, int64_t k, int64_t count, int64_t wide, bf16 (*to)[STRIP / TILE][PACKED]) {
-    static const uint16_t turns[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                       8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-    const __m512i low = _mm512_loadu_si512(turns), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-    for (int64_t row = 0; row < rounded(count, DEPTH); row += 2)
-        for (int64_t j = 0; j < wide; j += DEPTH) {
-            const bf16 *from = x + row * k + j;
-            __m512i first = row < count ? _mm512_loadu_si512(from) : _mm512_setzero_si512();
-            __m512i second = row + 1 < count ? _mm512_loadu_si512(from + k) : _mm512_setzero_si512();
-            bf16 *tile = to[row / DEPTH][j / TILE] + row % DEPTH / 2 * DEPTH;
-            _mm512_store_si512(tile, _mm512_permutex2var_epi16(first, low, second));
-            _mm512_store_si512(tile + PACKED, _mm512_permutex2var_epi16(first, high, second));
-        }
-}
-
 /* found (rank x k) = thinT x of `count` rows (CHUNK at most), or += where `more`. `turned` is thinT, 0 behind `count`. */
 static void find_gradient(const bf16 *x, int64_t k, int64_t count, const bf16 *turned, int64_t ld, int64_t rank,
                           float *found, int64_t ldf, int more) {
-    bf16 packed[CHUNK / DEPTH][STRIP / TILE][PACKED] ALIGNED;
+    enum { ACROSS = STRIP / TILE };
+    bf16 packed[CHUNK / DEPTH * ACROSS * PACKED] ALIGNED;
     for (int64_t j = 0; j < k; j += STRIP) {
         int64_t all = k - j > DEPTH; /* else the half of a strip */
-        pack_rows(x + j, k, count, MIN(STRIP, k - j), packed);
+        pack_rows(x + j, k, count, MIN(STRIP, k - j), packed, ACROSS);
         for (int64_t r = 0; r < rank; r += TILE) {
             float *to = found + r * ldf + j;
             _tile_zero(0);
@@ -212,15 +172,16 @@ static void find_gradient(const bf16 *x, int64_t k, int64_t count, const bf16 *t
                 _tile_loadd(3, to + 3 * TILE, ldf * 4);
             }
             for (int64_t row = 0; row < count; row += DEPTH) {
+                const bf16 *tiles = packed + row / DEPTH * ACROSS * PACKED;
                 _tile_loadd(4, turned + r * ld + row, ld * 2);
-                _tile_loadd(6, packed[row / DEPTH][0], 64);
+                _tile_loadd(6, tiles, 64);
                 _tile_dpbf16ps(0, 4, 6);
-                _tile_loadd(7, packed[row / DEPTH][1], 64);
+                _tile_loadd(7, tiles + PACKED, 64);
                 _tile_dpbf16ps(1, 4, 7);
                 if (all) {
-                    _tile_loadd(6, packed[row / DEPTH][2], 64);
+                    _tile_loadd(6, tiles + 2 * PACKED, 64);
                     _tile_dpbf16ps(2, 4, 6);
-                    _tile_loadd(7, packed[row / DEPTH][3], 64);
+                    _tile_loadd(7, tiles + 3 * PACKED, 64);
                     _tile_dpbf16ps(3, 4, 7);
                 }
             }
@@ -244,7 +205,7 @@ static void fit(int64_t count) {
  * rounded up to DEPTH. */
 void low_rank_add(int type, bf16 *y, const bf16 *x, const float *a, const float *b, const bf16 *bias, bf16 *turned,
                   bf16 *packed, int64_t n, int64_t k, int64_t m, int64_t rank, float scale, int threads) {
-    int64_t room = rounded(rank, DEPTH), ld = rounded(n, DEPTH);
+    int64_t room = rounded_to(rank, DEPTH), ld = rounded_to(n, DEPTH);
     bf16 *for_thin = packed, *for_sum = packed + room * k;
     (void)type;
 #pragma omp parallel num_threads(threads)
@@ -254,7 +215,7 @@ void low_rank_add(int type, bf16 *y, const bf16 *x, const float *a, const float 
         pack_for_thin((factor){a, k, 1, rank, k, 1}, for_thin);
         pack_for_sum((factor){b, 1, rank, rank, m, scale}, for_sum);
 #pragma omp barrier
-        int64_t each = rounded((n + THREADS - 1) / THREADS, DEPTH), end = MIN(n, (THREAD + 1) * each);
+        int64_t each = rounded_to((n + THREADS - 1) / THREADS, DEPTH), end = MIN(n, (THREAD + 1) * each);
         bf16 thin[DEPTH * room] ALIGNED;
         memset(thin, 0, sizeof thin);
         configure(TILE, TILE);
@@ -273,7 +234,7 @@ void low_rank_add(int type, bf16 *y, const bf16 *x, const float *a, const float 
 void low_rank_backward(int type, const bf16 *g, const bf16 *x, const bf16 *turned, const float *a, const float *b, bf16 *dx,
                        float *da, float *db, bf16 *packed, float *parts, int64_t n, int64_t k, int64_t m, int64_t rank,
                        float scale, int threads) {
-    int64_t room = rounded(rank, DEPTH), ranks = rounded(rank, TILE), ld = rounded(n, DEPTH), wide = k + m;
+    int64_t room = rounded_to(rank, DEPTH), ranks = rounded_to(rank, TILE), ld = rounded_to(n, DEPTH), wide = k + m;
     bf16 *for_thin = packed, *for_sum = packed + room * m;
     (void)type;
 #pragma omp parallel num_threads(threads)
@@ -283,7 +244,7 @@ void low_rank_backward(int type, const bf16 *g, const bf16 *x, const bf16 *turne
         pack_for_thin((factor){b, 1, rank, rank, m, scale}, for_thin);
         if (dx) pack_for_sum((factor){a, k, 1, rank, k, 1}, for_sum);
 #pragma omp barrier
-        int64_t each = rounded((n + THREADS - 1) / THREADS, DEPTH), start = THREAD * each, end = MIN(n, start + each);
+        int64_t each = rounded_to((n + THREADS - 1) / THREADS, DEPTH), start = THREAD * each, end = MIN(n, start + each);
         float *found = parts + THREAD * ranks * wide;
         bf16 thin[DEPTH * room] ALIGNED, low[ranks * CHUNK] ALIGNED;
         memset(thin, 0, sizeof thin);
@@ -319,5 +280,5 @@ void low_rank_backward(int type, const bf16 *g, const bf16 *x, const bf16 *turne
 }
 
 #else
-int low_rank_ready(void) { return 0; }
+int tiles_ready(void) { return 0; }
 #endif

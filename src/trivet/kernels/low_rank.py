@@ -7,8 +7,6 @@ has them by instructions of the processor, chunk by chunk; sums are in float32, 
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from trivet.kernels import compiled
@@ -21,17 +19,11 @@ _MOST_RANKS = 128
 
 def serves(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
     """Whether these functions take x (n, k), the factors A (rank, k) and B (m, rank), and the layer's bias (m)."""
-    if x.dtype != torch.bfloat16 or not compiled.serves(x) or not _ready():
+    if x.dtype != torch.bfloat16 or not compiled.serves(x) or not compiled.multiplies_tiles():
         return False
     factors = all(f.dtype == torch.float32 and f.is_contiguous() and compiled.serves(f) for f in (a, b))
     fits = a.shape[1] % _DEPTH == b.shape[0] % _DEPTH == 0 and len(x) >= _DEPTH and len(a) <= _MOST_RANKS
     return factors and fits and x.is_contiguous() and (bias is None or bias.dtype == x.dtype)
-
-
-@functools.cache
-def _ready() -> bool:
-    """Whether this processor has AMX, and its system lets us use it."""
-    return compiled.ready("low_rank")
 
 
 def add_(

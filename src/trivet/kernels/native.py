@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from trivet.kernels.compiled import call
+from trivet.kernels.compiled import call, multiplies_tiles
 from trivet.kernels.heap import empty
 
 # -- norms and gated activations ---------------------------------------------------------------------------------
@@ -104,8 +104,8 @@ def dropout(x: torch.Tensor, p: float, seed: int, kept: float) -> torch.Tensor:
 
 #: Numbers of a head.
 WIDEST = 1024
-#: Of native.c, where COLUMNS are 16 or 32.
-_COLUMNS, _QUERIES = 32, 32
+#: Of native.c, where COLUMNS are 16 or 32, and of tile_attention.c.
+_COLUMNS, _QUERIES, _SEGMENT = 32, 32, 128
 
 
 class Weights(NamedTuple):
@@ -120,9 +120,10 @@ def row_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, rows: torch.Tensor, weights: Weights
 ) -> None:
     """Into `out`, (batch, heads, queries, width): see `trivet.kernels.row_attention`."""
-    sizes, scratch = _sizes(query, key, rows, weights, kept=2)
+    in_tiles, sizes, scratch = _sizes(query, key, rows, weights, backward=False)
     tensors = (part for each in (query, key, value, out) for part in (each, _strides(each)))
-    call("row_attention", query, *tensors, rows, sizes, scratch, weights.scale)
+    name = "tile_attention" if in_tiles else "row_attention"
+    call(name, query, *tensors, rows, sizes, scratch, weights.scale)
 
 
 def row_attention_backward(
@@ -142,26 +143,38 @@ def row_attention_backward(
         (rows, key heads, 2, most before, width) float32: what each causal row adds to the gradients of the keys and
         values of what is before it. The tensors have what it adds to its own.
     """
-    sizes, scratch = _sizes(query, key, rows, weights, kept=5)
+    in_tiles, sizes, scratch = _sizes(query, key, rows, weights, backward=True)
     begun = scratch.new_zeros(len(rows), key.shape[1], 2, sizes[5], query.shape[-1])
     given = (grad, query, key, value, in_query, in_key, in_value)
     tensors = (part for each in given for part in (each, _strides(each)))
-    call("row_attention_backward", query, *tensors, rows, sizes, begun, scratch, weights.scale)
+    name = "tile_attention_backward" if in_tiles else "row_attention_backward"
+    call(name, query, *tensors, rows, sizes, begun, scratch, weights.scale)
     return begun
 
 
+def tiled(query: torch.Tensor) -> bool:
+    """Whether the products within rows are AMX's."""
+    return query.dtype == torch.bfloat16 and query.shape[-1] % _COLUMNS == 0 and multiplies_tiles()
+
+
 def _sizes(
-    query: torch.Tensor, key: torch.Tensor, rows: torch.Tensor, weights: Weights, kept: int
-) -> tuple[ctypes.Array[ctypes.c_int64], torch.Tensor]:
-    """What native.c has to know, and memory for its threads, of which each keeps so many of a row's keys and values."""
+    query: torch.Tensor, key: torch.Tensor, rows: torch.Tensor, weights: Weights, *, backward: bool
+) -> tuple[bool, ctypes.Array[ctypes.c_int64], torch.Tensor]:
+    """Whether it is done in tiles, what the C functions have to know, and memory for their threads."""
     most, before = int((rows[:, 3] + rows[:, 4]).max()), int((rows[:, 3] * (rows[:, 4] > 0)).max())
     keys, width = (-(-n // _COLUMNS) * _COLUMNS for n in (most, query.shape[-1]))
-    each = kept * keys * width + _QUERIES * (2 * keys + 3 * width)
+    in_tiles = tiled(query)
+    if in_tiles:  # in float32 numbers: of all keys, of a block of queries and of a segment
+        of_keys = (4 if backward else 3) * keys * width // 2 + backward * 2 * keys * width
+        of_block = _QUERIES * (keys * (2 if backward else 1) + keys // 2 + width + (1 + backward) * width // 2)
+        each = of_keys + of_block + backward * _SEGMENT * (width + keys)
+    else:
+        each = (5 if backward else 2) * keys * width + _QUERIES * (2 * keys + 3 * width)
     heads = query.shape[1], key.shape[1]
     dropped = round(weights.dropout * 2**32)
     sizes = len(rows), *heads, query.shape[-1], most, before, each, key.shape[2], dropped, weights.seed
     scratch = query.new_empty(torch.get_num_threads() * each, dtype=torch.float32)
-    return (ctypes.c_int64 * len(sizes))(*sizes), scratch
+    return in_tiles, (ctypes.c_int64 * len(sizes))(*sizes), scratch
 
 
 def _strides(x: torch.Tensor) -> ctypes.Array[ctypes.c_int64]:

@@ -2,7 +2,8 @@
 
 `attention.py` makes torch's batched products of blocks of queries: many calls for little arithmetic where rows are
 short, passes over memory between them, and rows of one length. Here a row's key head is one piece of work, whose keys,
-values and scores stay in cache, in float32; probabilities are computed again in the backward pass, as there.
+values and scores stay in cache; probabilities are computed again in the backward pass, as there. Products are of 16-bit
+numbers by AMX where the processor has it, else of float32.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from trivet.kernels import compiled, native
 from trivet.kernels.heap import empty
 from trivet.kernels.product import multiplied
 
-#: Numbers of a row's keys from which on `attention.py` is faster: in 16 bits where the processor multiplies them, else.
-_LARGE, _LARGE_ELSE = 2**15, 2**17
-#: Pieces of work that a thread should have at least, as they are not alike.
-_PIECES = 4
+#: Numbers of a row's keys from which on `attention.py` is faster: with AMX here too, 16-bit products there alone, else.
+_LARGE_TILED, _LARGE, _LARGE_ELSE = 2**19, 2**15, 2**17
+#: Pieces of work that a thread should have at least, as they are not alike: with AMX here too, else.
+_PIECES_TILED, _PIECES = 1, 4
 
 
 def serves(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: torch.Tensor) -> bool:
@@ -30,9 +31,11 @@ def serves(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: to
         return False
     if not width == key.shape[-1] == value.shape[-1] <= native.WIDEST:
         return False
-    most = _LARGE if multiplied(query) else _LARGE_ELSE
+    tiled = native.tiled(query)
+    most = _LARGE_TILED if tiled else _LARGE if multiplied(query) else _LARGE_ELSE
+    pieces = (_PIECES_TILED if tiled else _PIECES) * torch.get_num_threads()
     longest = int((rows[:, 3] + rows[:, 4]).max())
-    return longest * width <= most and len(rows) * key.shape[1] >= _PIECES * torch.get_num_threads()
+    return longest * width <= most and len(rows) * key.shape[1] >= pieces
 
 
 def rows_between(borders: torch.Tensor) -> torch.Tensor:

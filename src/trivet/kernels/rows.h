@@ -1,0 +1,58 @@
+/* What both ways of attention within rows share: native.c's in float32 vectors, tile_attention.c's in tiles of 16 bits. */
+
+#ifndef TRIVET_ROWS_H
+#define TRIVET_ROWS_H
+
+#include "numbers.h"
+
+/* A tensor (batch, heads, tokens, width) with the strides of all but the last axis, which is in one piece. */
+typedef struct {
+    int type;
+    void *data;
+    const int64_t *strides;
+} tensor;
+
+static inline int64_t at(tensor x, int64_t batch, int64_t head, int64_t token) {
+    return batch * x.strides[0] + head * x.strides[1] + token * x.strides[2];
+}
+
+/* A row's `length` queries lie from `first` on. Its keys are the batch's first ones, so many as are `before`, and where it
+ * has `own` keys, as many as queries and in their places, a query sees these up to its own, too (causal rows). */
+typedef struct {
+    int64_t batch, first, length, before, own;
+} span;
+
+/* `scratch` has `each` numbers a thread; `keys` and `room` are the most keys and the width, rounded up to COLUMNS. What
+ * is dropped of the weights, a share of dropped / 2^32, is drawn from the seed and the weight's place. */
+typedef struct {
+    int64_t count, heads, key_heads, width, keys, room, each, key_tokens, dropped, seed;
+    float scale, kept;
+} layout;
+
+/* softmax of `count` rows of scores, the first of which sees `visible` and each next one `more` more; 0 up to `keys`. */
+static void weigh(float *scores, int64_t room, int64_t count, int64_t visible, int64_t more, int64_t keys) {
+    for (int64_t i = 0; i < count; i++, scores += room, visible += more) {
+        int64_t end = (visible + VECTOR - 1) / VECTOR * VECTOR; /* whole vectors, of what is 0 by itself behind */
+        for (int64_t j = visible; j < end; j++) scores[j] = -INFINITY;
+        float most = largest(scores, end, -INFINITY), sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < end; j++) {
+            scores[j] = power(scores[j] - most);
+            sum += scores[j];
+        }
+        float share = 1.0f / sum;
+        for (int64_t j = 0; j < end; j++) scores[j] *= share;
+        memset(scores + end, 0, (keys - end) * sizeof(float));
+    }
+}
+
+/* Dropout of `count` queries' weights. */
+static void drop_weights(layout s, int64_t batch, int64_t head, int64_t query, const float *x, float *y, int64_t room,
+                         int64_t count, int64_t keys) {
+    for (int64_t i = 0; i < count; i++, x += room, y += room) {
+        uint32_t here = mixed((uint32_t)(query + i) ^ mixed((uint32_t)(batch * s.heads + head)));
+        drop(begun_at(s.seed, here), s.dropped, s.kept, x, y, keys);
+    }
+}
+
+#endif

@@ -1,0 +1,87 @@
+/* Products by AMX: a tile is a register of 16 rows of 64 bytes, TILE float32 numbers or DEPTH of 16 bits. The right side of a
+ * product is packed: of two rows that follow each other the numbers lie in turns, and TILE columns of DEPTH rows are a tile.
+ */
+
+#ifndef TRIVET_TILES_H
+#define TRIVET_TILES_H
+
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+#define ALIGNED __attribute__((aligned(64)))
+
+enum { TILE = 16, DEPTH = 32, PACKED = TILE * DEPTH };
+typedef uint16_t bf16;
+
+typedef struct {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} configuration;
+
+/* Tiles 0, 1 and 4 have so many rows, 2, 3 and 5 so many, and 6 and 7, the packed ones, all. */
+static inline void configure(int64_t upper, int64_t lower) {
+    configuration c = {.palette = 1};
+    for (int i = 0; i < 8; i++) {
+        c.bytes[i] = 64;
+        c.rows[i] = i < 2 || i == 4 ? upper : i < 6 ? lower : TILE;
+    }
+    __asm__ volatile("" ::"r"(&c) : "memory");
+    _tile_loadconfig(&c);
+}
+
+static inline int64_t rounded_to(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+static inline __m512 widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+
+/* Numbers of two rows in turns: of their first sixteen ones, of their last. */
+static inline __m512i paired(__m512i first, __m512i second, int last) {
+    static const uint16_t turns[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                       8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    __m512i from = _mm512_add_epi16(_mm512_loadu_si512(turns), _mm512_set1_epi16(last ? 16 : 0));
+    return _mm512_permutex2var_epi16(first, from, second);
+}
+
+/* `wide` columns of `count` rows, packed: `across` tiles for each DEPTH rows, 0 behind `count`. */
+static inline void pack_rows(const bf16 *x, int64_t ldx, int64_t count, int64_t wide, bf16 *to, int64_t across) {
+    for (int64_t row = 0; row < rounded_to(count, DEPTH); row += 2)
+        for (int64_t j = 0; j < wide; j += DEPTH) {
+            const bf16 *from = x + row * ldx + j;
+            __m512i first = row < count ? _mm512_loadu_si512(from) : _mm512_setzero_si512();
+            __m512i second = row + 1 < count ? _mm512_loadu_si512(from + ldx) : _mm512_setzero_si512();
+            bf16 *tile = to + (row / DEPTH * across + j / TILE) * PACKED + row % DEPTH / 2 * DEPTH;
+            _mm512_store_si512(tile, paired(first, second, 0));
+            _mm512_store_si512(tile + PACKED, paired(first, second, 1));
+        }
+}
+
+/* y = the transpose of x: 16 x 16 numbers of 32 bits, or pairs of 16 bits, in rows so many bytes apart. */
+static inline void transpose(const void *x, int64_t ldx, void *y, int64_t ldy) {
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512((const char *)x + i * ldx);
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+        b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+        b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+        b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        _mm512_storeu_si512((char *)y + i * ldy, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
+        _mm512_storeu_si512((char *)y + (i + 4) * ldy, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88));
+        _mm512_storeu_si512((char *)y + (i + 8) * ldy, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+        _mm512_storeu_si512((char *)y + (i + 12) * ldy, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd));
+    }
+}
+
+#endif
