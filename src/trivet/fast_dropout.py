@@ -20,7 +20,7 @@ from trivet.kernels.dropout import dropout as drop
 
 def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
     """`torch.nn.functional.dropout`, by its signature."""
-    here = input.device.type in ("cpu", "meta")  # without data, a plan counts the byte that GPUs keep, too
+    here = input.device.type in ("cpu", "meta")  # a plan, which has no data, counts what is kept
     if training and 0 < p < 1 and not inplace and here and input.is_floating_point():
         return drop(input, p)
     return nn.functional.dropout(input, p, training, inplace)

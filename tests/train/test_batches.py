@@ -26,7 +26,7 @@ from trivet.configio import load
 from trivet.data.batch import Collator, halves, rows_in, tokens_in
 from trivet.data.encode import IGNORE, Encoded
 from trivet.errors import ConfigError
-from trivet.kernels import native, product
+from trivet.kernels import compiled, product
 from trivet.kernels.product import few_sizes
 from trivet.loss import training_loss
 from trivet.prepare import prepare
@@ -395,7 +395,7 @@ print(mallinfo().fordblks)
 def test_a_run_says_that_it_has_no_c_kernels(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool
 ) -> None:
-    monkeypatch.setattr(native, "missing", lambda: "for a reason")
+    monkeypatch.setattr(compiled, "missing", lambda: "for a reason")
     values = settings(tiny("llama"), tmp_path / "run", **{"training.max_steps": 1, "training.fast": fast})
     console = Console(file=io.StringIO(), width=999)
     train(load(values=values), train=ROWS, console=console)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from short_run import logged, settings
 
-from conftest import bpe_tokenizer, slow, tiny_model
+from conftest import bpe_tokenizer, save_tiny, slow, tiny_model
 from trivet.adapter.attach import attach
 from trivet.adapter.layers import adapted_layers
 from trivet.configio import load
@@ -168,15 +168,18 @@ def test_halves_repeat_what_is_shared() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_run_learns_what_it_learns_without(tiny: Any, tmp_path: Path, kind: str) -> None:
-    folder, logs = tiny(kind), []
+def test_a_run_learns_what_it_learns_without(tmp_path: Path, kind: str) -> None:
+    """Without dropout, which drops other entries where a batch has other tokens."""
+    off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if kind == "gpt2" else {}
+    folder, logs = save_tiny(kind, tmp_path / "model", **off), []
     for share in (None, False):
-        said, decided = run(settings(folder, tmp_path / str(share), **{"training.share_prefix": share}))
+        changes = {"training.share_prefix": share, "model.dtype": "float32"}
+        said, decided = run(settings(folder, tmp_path / str(share), **changes))
         assert ("tokens, computed once a batch" in said) is (share is None)
         assert decided.packing is True and decided.share_prefix is (share is None)
         logs.append([row for row in logged(tmp_path / str(share)) if "loss" in row])
     ours, theirs = logs
-    assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], rel=2e-3)
+    assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], rel=1e-5)
     assert [row["tokens"] for row in ours] == [row["tokens"] for row in theirs]  # of rows, not what was computed
 
 

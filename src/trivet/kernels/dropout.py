@@ -6,7 +6,9 @@ numbers are drawn one after the other by one thread, so drawing fewer is what sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,6 +20,18 @@ from trivet.kernels import compiled, native
 _LEVELS, _CHOICES = 2**16, 4
 #: The integers of a floating-point type's size.
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+#: Whether tensors without data stand for a CPU's.
+_FOR_CPUS: ContextVar[bool] = ContextVar("for CPUs", default=False)
+
+
+@contextlib.contextmanager
+def for_cpus() -> Iterator[None]:
+    """What is computed on the meta device keeps what it does in C; else a byte an entry, as on GPUs."""
+    before = _FOR_CPUS.set(True)
+    try:
+        yield
+    finally:
+        _FOR_CPUS.reset(before)
 
 
 def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
@@ -28,7 +42,7 @@ def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
             byte an entry.
         p: above 0 and below 1; taken to the nearest multiple of 2⁻³² in C, else of 2⁻¹⁶.
     """
-    if compiled.serves(x):
+    if compiled.serves(x) or (x.is_meta and _FOR_CPUS.get()):
         return _Hashed.apply(x, p, int(torch.randint(2**62, ())))
     return _Dropout.apply(x, p)
 
@@ -68,12 +82,12 @@ class _Hashed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Any, p: float, seed: int) -> torch.Tensor:
         ctx.settings = p, seed, 1 / (1 - p)
-        return native.dropout(x, *ctx.settings)
+        return torch.empty_like(x) if x.is_meta else native.dropout(x, *ctx.settings)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Any) -> Any:
-        return native.dropout(grad, *ctx.settings), None, None
+        return torch.empty_like(grad) if grad.is_meta else native.dropout(grad, *ctx.settings), None, None
 
 
 class _Dropout(torch.autograd.Function):

@@ -7,6 +7,7 @@ whatever they are. Nothing is allocated: 405B parameters take seconds and a few 
 
 from __future__ import annotations
 
+import contextlib
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from trivet.adapter.layers import AdaptedLayer, adapted_layers
 from trivet.fast import fused_norm
 from trivet.four_bit import count_parameters, in_four_bit
 from trivet.kernels.cross_entropy import GPU_CHUNK, held_at_once
+from trivet.kernels.dropout import for_cpus
 from trivet.methods import Method
 from trivet.scale.adapter import give_form
 
@@ -136,7 +138,7 @@ def trace(
         task: causal-lm, seq2seq, classification or regression.
         rows, length: of the micro-batch; an encoder-decoder reads and writes `length` tokens.
         learned: share of the tokens that are supervised: the output head reads these alone.
-        cpu: with the norms and the chunks of logits that trivet has on CPUs.
+        cpu: with the norms, the dropout and the chunks of logits that trivet has on CPUs.
         adapter: arguments of `attach`.
     """
     own = count_parameters(base)
@@ -168,7 +170,7 @@ def trace(
     counter, kept = flop_counter(), Kept(model)
     watch = _Blocks(blocks, counter, kept)
     model.train()
-    with counter:
+    with counter, for_cpus() if cpu else contextlib.nullcontext():
         with torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
             out = model(**inputs)
         forward = counter.get_total_flops()
