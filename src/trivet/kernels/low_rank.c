@@ -140,6 +140,7 @@ static void add_product(bf16 *y, int64_t k, int64_t count, const bf16 *thin, int
         __m512 left = widened(_mm512_castsi512_si256(added)), right = widened(_mm512_extracti64x4_epi64(added, 1));
         for (int64_t row = 0; row < count; row++) {
             bf16 *to = y + row * k + j;
+            _mm_prefetch((const char *)(to + 4 * DEPTH), _MM_HINT_T0); /* no pattern that processors foresee */
             __m512i old = _mm512_loadu_si512(to);
             __m512 first = _mm512_add_ps(widened(_mm512_castsi512_si256(old)), _mm512_load_ps(sums[row]));
             __m512 second = _mm512_add_ps(widened(_mm512_extracti64x4_epi64(old, 1)), _mm512_load_ps(sums[row] + TILE));
