@@ -16,9 +16,10 @@ from exact import both, check_chunks, check_cross_entropy, check_rotation, close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trivet.kernels import attention, compiled, gate, native, norm
+from trivet.kernels import activation, attention, compiled, gate, native, norm
 from trivet.kernels.cross_entropy import Head, linear_cross_entropy
 
+BY_TANH = activation.ACTIVATIONS[1]
 needs_compiler = pytest.mark.skipif(compiled.compiler() is None, reason="no C compiler is on this machine")
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -62,9 +63,38 @@ def test_silu_gate(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1,), (4096,), (3, 5, 333), (40, 1024)])
+def test_gelu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = 3 * draw(*shape, seed=1, dtype=dtype)
+    assert type(activation.activate(x.requires_grad_(), BY_TANH).grad_fn).__name__ == "_GELUBackward"
+    both(lambda x: activation.activate(x, BY_TANH), BY_TANH, x.detach())
+
+
+@needs_compiler
+def test_gelu_from_end_to_end() -> None:
+    """No further from float64 than torch's, or a few roundings; what is no number stays none."""
+    x = torch.linspace(-12, 12, 10_001).requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    exact = BY_TANH(wide)
+    wanted = exact.detach(), torch.autograd.grad(exact.sum(), wide)[0]
+    errors = []
+    for y in (activation.activate(x, BY_TANH), BY_TANH(x)):
+        found = y.detach(), torch.autograd.grad(y.sum(), x)[0]
+        errors.append([float((one - other).abs().max()) for one, other in zip(found, wanted, strict=True)])
+    assert all(ours <= max(theirs, 6e-7) for ours, theirs in zip(*errors, strict=True))
+    ends = activation.activate(torch.tensor([torch.inf, 1e30, -1e30, torch.nan]), BY_TANH)
+    assert ends[:2].tolist() == [torch.inf, float(torch.tensor(1e30))] and ends[2] == 0 and ends[3].isnan()
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_what_carries_a_recipe_is_made_again(dtype: torch.dtype) -> None:
     x, weight = draw(4, 6, seed=1, dtype=dtype).requires_grad_(), draw(6, seed=2, dtype=dtype)
-    for y in (norm.rms_norm(x, weight, 1e-5), gate.silu_gate(x, 2 * x)):
+    for y in (
+        norm.rms_norm(x, weight, 1e-5),
+        gate.silu_gate(x, 2 * x),
+        activation.activate(x, BY_TANH),
+    ):
         recipe = y.recipe  # type: ignore[attr-defined]
         assert torch.equal(recipe.maker(*recipe.inputs), y)
 

@@ -1,4 +1,4 @@
-/* The CPU's counterpart of fused.py: norms, gated activations, rotary positions, softmax, dropout and cross-entropy, each
+/* The CPU's counterpart of fused.py: norms, activations, rotary positions, softmax, dropout and cross-entropy, each
  * in one pass over memory; and attention within rows. Numbers are float32 or bfloat16 in memory and float32 in between.
  * `native.py` says what each function computes.
  *
@@ -56,6 +56,43 @@ void rms_norm_backward(int type, const void *grad, const void *x, const void *we
             for (int64_t j = 0; j < n; j++) out[j] = (g[j] * w[j] - v[j] * along) * factor;
             put(type, dx, at, n, out);
         }
+    }
+}
+
+/* -- GELU by tanh, which is x times a sigmoid ------------------------------------------------------------------- */
+
+/* The sigmoid, and its slope times x. */
+static inline float gelu_share(float x, float *slope) {
+    float from = 1.59576912f * x * (1.0f + 0.044715f * x * x);
+    float e = power(from < 0 ? from : -from), r = reciprocal(1.0f + e);
+    *slope = 1.59576912f * x * e * r * r * (1.0f + 0.134145f * x * x);
+    return from < 0 ? e * r : r;
+}
+
+void gelu(int type, const void *x, void *y, int64_t count, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < count; i += PIECE) {
+        float a[PIECE], b[PIECE], slope;
+        int64_t n = MIN(PIECE, count - i);
+        const float *restrict v = read(type, x, i, n, a);
+        float *restrict out = place(type, y, i, b);
+        for (int64_t j = 0; j < n; j++) out[j] = v[j] * gelu_share(v[j], &slope);
+        put(type, y, i, n, out);
+    }
+}
+
+void gelu_backward(int type, const void *grad, const void *x, void *dx, int64_t count, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < count; i += PIECE) {
+        float a[PIECE], b[PIECE], c[PIECE], slope;
+        int64_t n = MIN(PIECE, count - i);
+        const float *restrict g = read(type, grad, i, n, a), *restrict v = read(type, x, i, n, b);
+        float *restrict out = place(type, dx, i, c);
+        for (int64_t j = 0; j < n; j++) {
+            float share = gelu_share(v[j], &slope);
+            out[j] = g[j] * (share + slope);
+        }
+        put(type, dx, i, n, out);
     }
 }
 

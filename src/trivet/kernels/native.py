@@ -1,5 +1,5 @@
-"""C kernels for CPUs: norms, gated activations, rotations, softmax, dropout and cross-entropy, each in one pass over
-memory, and attention within rows.
+"""C kernels for CPUs: norms, activations, rotations, softmax, dropout and cross-entropy, each in one pass over memory,
+and attention within rows.
 
 The counterpart of `trivet.kernels.fused`, with its functions and arguments. torch takes several operations for each of
 these, rounds what lies between them to 16 bits, or copies all of it to float32 and back. Arithmetic is in float32, sums
@@ -16,7 +16,7 @@ import torch
 from trivet.kernels.compiled import call, multiplies_tiles
 from trivet.kernels.heap import empty
 
-# -- norms and gated activations ---------------------------------------------------------------------------------
+# -- norms and activations ---------------------------------------------------------------------------------------
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,6 +31,20 @@ def rms_norm_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor,
     """As `fused.rms_norm_backward`."""
     out = empty(*x.shape, like=x)
     call("rms_norm_backward", x, grad, x, weight, inverse, out, len(inverse), x.shape[-1])
+    return out
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """GELU of x by tanh (Hendrycks & Gimpel 2016, section 2)."""
+    out = empty(*x.shape, like=x)
+    call("gelu", x, x, out, x.numel())
+    return out
+
+
+def gelu_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """x's gradient."""
+    out = empty(*x.shape, like=x)
+    call("gelu_backward", x, grad, x, out, x.numel())
     return out
 
 

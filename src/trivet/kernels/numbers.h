@@ -82,9 +82,8 @@ static inline float power(float x) {
     return p * scale;
 }
 
-/* 1 / (1 + e^-x), by Newton's method from a guess in whole numbers: processors divide slowly. */
-static inline float sigmoid(float x) {
-    float d = 1.0f + power(-x);
+/* 1 / d, by Newton's method from a guess in whole numbers: processors divide slowly. */
+static inline float reciprocal(float d) {
     uint32_t bits;
     memcpy(&bits, &d, 4);
     bits = 0x7ef311c3 - bits;
@@ -94,6 +93,8 @@ static inline float sigmoid(float x) {
     y *= 2.0f - d * y;
     return y + y * (1.0f - d * y);
 }
+
+static inline float sigmoid(float x) { return reciprocal(1.0f + power(-x)); }
 
 /* The largest of n numbers and `most`, NaN if one is: as whole numbers in their order, which compilers make vectors of. */
 static inline float largest(const float *x, int64_t n, float most) {
