@@ -126,14 +126,15 @@ def multiplies_tiles() -> bool:
 
 def call(name: str, x: torch.Tensor, *arguments: Argument) -> None:
     """A C function, which takes x's type first and the number of threads last."""
+    function = getattr(_library(), name)
+    if function.argtypes is None:  # an argument is of the same kind in every call
+        function.argtypes = [ctypes.c_int, *map(_kind, arguments), ctypes.c_int]
     threads = torch.get_num_threads() if x.numel() >= _ALONE else 1
-    given = (_argument(each) for each in arguments)
-    getattr(_library(), name)(ctypes.c_int(_TYPES[x.dtype]), *given, ctypes.c_int(threads))
+    given = (each.data_ptr() if isinstance(each, torch.Tensor) else each for each in arguments)
+    function(_TYPES[x.dtype], *given, threads)
 
 
-def _argument(value: Argument) -> object:
-    if isinstance(value, torch.Tensor):
-        return ctypes.c_void_p(value.data_ptr())
+def _kind(value: Argument) -> type:
     if isinstance(value, float):
-        return ctypes.c_float(value)
-    return ctypes.c_int64(value) if isinstance(value, int) else value
+        return ctypes.c_float
+    return ctypes.c_int64 if isinstance(value, int) else ctypes.c_void_p

@@ -17,6 +17,7 @@ from trivet.data.encode import IGNORE, Encoded
 from trivet.errors import DivergedError
 from trivet.evaluate.score import row_scores
 from trivet.loss import training_loss
+from trivet.train.gradients import cleared_fast, sum_over_processes
 from trivet.train.numbers import LIMIT, Watch, listed
 from trivet.train.oom import Halver
 from trivet.train.ranks import RankCallback
@@ -105,7 +106,8 @@ class Trainer(CheckpointTrainer):
         """A pass over the rows; none where the checkpoint that is resumed from was the training's end."""
         if self.finished:
             self.control.should_training_stop = True
-        else:
+            return
+        with cleared_fast(self.model, self._trained):
             super()._run_epoch(*args, **kwargs)
 
     @property
@@ -171,8 +173,8 @@ class Trainer(CheckpointTrainer):
         else:
             loss = self.halver.run(lambda batch: step(model, batch, num_items_in_batch), inputs)
         loss = self.watch.loss(loss)
-        if self.accelerator.sync_gradients:
-            self._sum_gradients()
+        if self.accelerator.sync_gradients and self.args.world_size > 1:
+            sum_over_processes(self._trained(), self.args.device)
         return loss * self.args.world_size  # transformers logs the mean over processes
 
     def _pass(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
@@ -188,17 +190,6 @@ class Trainer(CheckpointTrainer):
     def _clip_grad_norm(self, model: Any) -> Any:
         """Clip what is trained; the model would be walked through to find it."""
         return self.accelerator.clip_grad_norm_(self._trained(), self.args.max_grad_norm)
-
-    def _sum_gradients(self) -> None:
-        """Make every process's gradients those of the whole step. One that has none anywhere stays without."""
-        if self.args.world_size == 1:
-            return
-        trained = self._trained()
-        there = torch.tensor([float(p.grad is not None) for p in trained], device=self.args.device)
-        parts = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in trained]
-        there, *sums = processes.total(torch.cat([there, *parts])).split([len(trained), *map(len, parts)])
-        for p, anywhere, total in zip(trained, there.tolist(), sums, strict=True):
-            p.grad = total.view_as(p).to(p.dtype) if anywhere else None
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The gradient's norm; where it or the loss is not finite, the step is not taken, in any process."""
