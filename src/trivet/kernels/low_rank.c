@@ -5,36 +5,17 @@
  * second cache, all products of a chunk one after the other.
  */
 
-#define _GNU_SOURCE
-#include <stdint.h>
-#if defined(__linux__) && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#ifdef _OPENMP
-#include <omp.h>
-#define THREAD omp_get_thread_num()
-#define THREADS omp_get_num_threads()
-#else
-#define THREAD 0
-#define THREADS 1
-#endif
 #include "tiles.h"
-#define MIN(a, b) ((a) < (b) ? (a) : (b))
-#define MAX(a, b) ((a) > (b) ? (a) : (b))
+#ifdef HAS_TILES
+#include <sys/syscall.h>
+
+long syscall(long number, ...); /* unistd.h has a `read` of its own, beside numbers.h's */
 
 /* Rows that a thread reads twice, and columns of a gradient that are found at a time. */
 enum { CHUNK = 128, STRIP = 64 };
 
 /* Linux has to be asked for the tiles' registers, once a process (ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA). */
 int tiles_ready(void) { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
-
-/* To the nearest, to even in between. */
-static inline bf16 narrow(float x) {
-    __m128bh y = _mm_cvtneps_pbh(_mm_set_ss(x));
-    bf16 z;
-    memcpy(&z, &y, 2);
-    return z;
-}
 
 /* `rank` rows of k float32 numbers, which lie `down` and `along` apart, times `scale`. */
 typedef struct {

@@ -370,7 +370,7 @@ static inline float *carve(float **scratch, int64_t count) {
     return found;
 }
 
-static int64_t rounded(int64_t n) { return (n + COLUMNS - 1) / COLUMNS * COLUMNS; }
+static int64_t rounded(int64_t n) { return rounded_to(n, COLUMNS); }
 
 static void take_keys(layout s, span row, int64_t head, tensor x, float *y) {
     take(x, row.batch, head, 0, row.before, s.width, 1, y, s.room);
@@ -430,12 +430,7 @@ static void attend_backward(layout s, span row, int64_t head, tensor g, tensor q
             product(in_value, s.room, s.dropped ? dp : p, 1, keys, grads, s.room, end, s.width, count, 1);
             product(dp, keys, grads, s.room, 1, value_turned, keys, count, rounded(end), s.width, 0);
             if (s.dropped) drop_weights(s, row.batch, h, row.first + i, dp, dp, keys, count, end);
-            for (int64_t r = 0; r < count; r++) {
-                float *weights = p + r * keys, *slopes = dp + r * keys, mean = 0;
-#pragma omp simd reduction(+ : mean)
-                for (int64_t j = 0; j < end; j++) mean += weights[j] * slopes[j];
-                for (int64_t j = 0; j < end; j++) slopes[j] = weights[j] * (slopes[j] - mean);
-            }
+            slope(p, dp, keys, count, end);
             product(in_key, s.room, dp, 1, keys, queries, s.room, end, s.width, count, 1);
             product(y, s.room, dp, keys, 1, key, s.room, count, s.width, end, 0);
             give(dq, row.batch, h, row.first + i, count, s.width, s.scale, y, s.room);
@@ -458,19 +453,10 @@ static void attend_backward(layout s, span row, int64_t head, tensor g, tensor q
     }
 }
 
-/* sizes: rows, heads, key heads, width, most keys, most before, numbers of a thread's scratch, tokens that have keys, what
- * is dropped of 2^32, the seed. */
-static layout laid_out(const int64_t *sizes, float scale) {
-    return (layout){.count = sizes[0], .heads = sizes[1], .key_heads = sizes[2], .width = sizes[3],
-                    .keys = rounded(sizes[4]), .room = rounded(sizes[3]), .each = sizes[6], .key_tokens = sizes[7],
-                    .dropped = sizes[8], .seed = sizes[9], .scale = scale,
-                    .kept = (float)(1.0 / (1.0 - sizes[8] / 4294967296.0))};
-}
-
 void row_attention(int type, void *q, const int64_t *q_strides, void *k, const int64_t *k_strides, void *v,
                    const int64_t *v_strides, void *y, const int64_t *y_strides, const span *rows,
                    const int64_t *sizes, float *scratch, float scale, int threads) {
-    layout s = laid_out(sizes, scale);
+    layout s = laid_out(sizes, scale, COLUMNS);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t task = 0; task < s.count * s.key_heads; task++)
         attend(s, rows[task / s.key_heads], task % s.key_heads, (tensor){type, q, q_strides},
@@ -483,7 +469,7 @@ void row_attention_backward(int type, void *g, const int64_t *g_strides, void *q
                             const int64_t *dq_strides, void *dk, const int64_t *dk_strides, void *dv,
                             const int64_t *dv_strides, const span *rows, const int64_t *sizes, float *begun,
                             float *scratch, float scale, int threads) {
-    layout s = laid_out(sizes, scale);
+    layout s = laid_out(sizes, scale, COLUMNS);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t task = 0; task < s.count * s.key_heads; task++)
         attend_backward(s, rows[task / s.key_heads], task % s.key_heads, (tensor){type, g, g_strides},

@@ -12,14 +12,18 @@
 #ifdef _OPENMP
 #include <omp.h>
 #define THREAD omp_get_thread_num()
+#define THREADS omp_get_num_threads()
 #else
 #define THREAD 0
+#define THREADS 1
 #endif
 
 enum { FLOAT32, BFLOAT16 };
 enum { PIECE = 1024, VECTOR = 16 };
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
+
+static inline int64_t rounded_to(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 static inline float wide(uint16_t x) {
     uint32_t bits = (uint32_t)x << 16;

@@ -22,12 +22,21 @@ typedef struct {
     int64_t batch, first, length, before, own;
 } span;
 
-/* `scratch` has `each` numbers a thread; `keys` and `room` are the most keys and the width, rounded up to COLUMNS. What
+/* `scratch` has `each` numbers a thread; `keys` and `room` are the most keys and the width, rounded up. What
  * is dropped of the weights, a share of dropped / 2^32, is drawn from the seed and the weight's place. */
 typedef struct {
     int64_t count, heads, key_heads, width, keys, room, each, key_tokens, dropped, seed;
     float scale, kept;
 } layout;
+
+/* sizes: rows, heads, key heads, width, most keys, most before, numbers of a thread's scratch, tokens that have keys, what
+ * is dropped of 2^32, the seed. */
+static layout laid_out(const int64_t *sizes, float scale, int64_t columns) {
+    return (layout){.count = sizes[0], .heads = sizes[1], .key_heads = sizes[2], .width = sizes[3],
+                    .keys = rounded_to(sizes[4], columns), .room = rounded_to(sizes[3], columns), .each = sizes[6],
+                    .key_tokens = sizes[7], .dropped = sizes[8], .seed = sizes[9], .scale = scale,
+                    .kept = (float)(1.0 / (1.0 - sizes[8] / 4294967296.0))};
+}
 
 /* softmax of `count` rows of scores, the first of which sees `visible` and each next one `more` more; 0 up to `keys`. */
 static void weigh(float *scores, int64_t room, int64_t count, int64_t visible, int64_t more, int64_t keys) {
@@ -43,6 +52,16 @@ static void weigh(float *scores, int64_t room, int64_t count, int64_t visible, i
         float share = 1.0f / sum;
         for (int64_t j = 0; j < end; j++) scores[j] *= share;
         memset(scores + end, 0, (keys - end) * sizeof(float));
+    }
+}
+
+/* The gradients of scores, in the place of those of `count` queries' weights. */
+static void slope(const float *weights, float *grads, int64_t room, int64_t count, int64_t keys) {
+    for (int64_t i = 0; i < count; i++, weights += room, grads += room) {
+        float mean = 0;
+#pragma omp simd reduction(+ : mean)
+        for (int64_t j = 0; j < keys; j++) mean += weights[j] * grads[j];
+        for (int64_t j = 0; j < keys; j++) grads[j] = weights[j] * (grads[j] - mean);
     }
 }
 

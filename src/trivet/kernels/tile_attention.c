@@ -5,10 +5,9 @@
  * product, transposed: (width x queries) (queries x keys).
  */
 
-#include <stdint.h>
-#if defined(__linux__) && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
-#include "rows.h"
 #include "tiles.h"
+#ifdef HAS_TILES
+#include "rows.h"
 
 /* Queries whose weights are kept until their part of the gradients of keys and values is found. */
 enum { SEGMENT = 128 };
@@ -224,12 +223,7 @@ static void attend_backward(layout s, span row, int64_t head, tensor g, tensor q
                 pack_block(s.dropped ? dp : p, keys, end, weights + b * across * PACKED);
                 score(s, grads, value_turned, end, dp, keys);
                 if (s.dropped) drop_weights(s, row.batch, h, row.first + i, dp, dp, keys, count, end);
-                for (int64_t r = 0; r < DEPTH; r++) { /* 0 behind `count`, as p and the gradients are */
-                    float *weight = p + r * keys, *slope = dp + r * keys, mean = 0;
-#pragma omp simd reduction(+ : mean)
-                    for (int64_t j = 0; j < end; j++) mean += weight[j] * slope[j];
-                    for (int64_t j = 0; j < end; j++) slope[j] = weight[j] * (slope[j] - mean);
-                }
+                slope(p, dp, keys, DEPTH, end); /* 0 behind `count`, as p and the gradients are */
                 pack_block(dp, keys, end, slopes + b * across * PACKED);
                 round_block(dp, keys, end, rounded);
                 gather(s, rounded, keys, end, key_packed, y);
@@ -267,17 +261,10 @@ static void attend_backward(layout s, span row, int64_t head, tensor g, tensor q
     }
 }
 
-/* sizes: as native.c's. */
-static layout laid_out(const int64_t *sizes, float scale) {
-    return (layout){.count = sizes[0], .heads = sizes[1], .key_heads = sizes[2], .width = sizes[3], .each = sizes[6],
-                    .key_tokens = sizes[7], .dropped = sizes[8], .seed = sizes[9], .scale = scale,
-                    .kept = (float)(1.0 / (1.0 - sizes[8] / 4294967296.0))};
-}
-
 void tile_attention(int type, void *q, const int64_t *q_strides, void *k, const int64_t *k_strides, void *v,
                     const int64_t *v_strides, void *y, const int64_t *y_strides, const span *rows, const int64_t *sizes,
                     char *scratch, float scale, int threads) {
-    layout s = laid_out(sizes, scale);
+    layout s = laid_out(sizes, scale, DEPTH);
 #pragma omp parallel num_threads(threads)
     {
         configuration others;
@@ -297,7 +284,7 @@ void tile_attention_backward(int type, void *g, const int64_t *g_strides, void *
                              const int64_t *dq_strides, void *dk, const int64_t *dk_strides, void *dv,
                              const int64_t *dv_strides, const span *rows, const int64_t *sizes, float *begun,
                              char *scratch, float scale, int threads) {
-    layout s = laid_out(sizes, scale);
+    layout s = laid_out(sizes, scale, DEPTH);
 #pragma omp parallel num_threads(threads)
     {
         configuration others;

@@ -5,9 +5,9 @@
 #ifndef TRIVET_TILES_H
 #define TRIVET_TILES_H
 
-#include <immintrin.h>
-#include <stdint.h>
-#include <string.h>
+#if defined(__linux__) && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
+#define HAS_TILES
+#include "numbers.h"
 
 #define ALIGNED __attribute__((aligned(64)))
 
@@ -30,8 +30,6 @@ static inline void configure(int64_t upper, int64_t lower) {
     __asm__ volatile("" ::"r"(&c) : "memory");
     _tile_loadconfig(&c);
 }
-
-static inline int64_t rounded_to(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 static inline __m512 widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 
@@ -84,4 +82,5 @@ static inline void transpose(const void *x, int64_t ldx, void *y, int64_t ldy) {
     }
 }
 
+#endif
 #endif
