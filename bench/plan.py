@@ -91,7 +91,7 @@ def child_counts(name: str, rows: int, length: int, rank: int, checkpointing: bo
     import torch
 
     from trivet.adapter.plan import optimizer as make
-    from trivet.kernels import attention, low_rank
+    from trivet.kernels import attention, tile_product
     from trivet.loss import training_loss
     from trivet.scale.adapter import state_bytes
     from trivet.scale.trace import Kept, flop_counter
@@ -113,7 +113,7 @@ def child_counts(name: str, rows: int, length: int, rank: int, checkpointing: bo
     for _ in range(2):
         step(model, optimizer, task, batch)
     peak = resident("VmHWM") - before
-    attention.serves = low_rank.serves = lambda *_: False  # torch counts its own products alone, not C's
+    attention.serves = tile_product.serves = lambda *_: False  # torch counts its own products alone, not C's
     counter, kept = flop_counter(), Kept(model)
     with counter:
         with torch.autograd.graph.saved_tensors_hooks(kept, lambda t: t):

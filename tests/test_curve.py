@@ -14,6 +14,7 @@ from trivet.adapter.plan import optimizer
 from trivet.data.batch import Collator
 from trivet.data.dataset import load_dataset
 from trivet.data.encode import IGNORE, Encoded, TextEncoder, encode_dataset
+from trivet.kernels.compiled import multiplies_tiles
 from trivet.kernels.product import multiplies
 from trivet.loss import training_loss
 from trivet.model import load_base
@@ -63,10 +64,17 @@ def test_in_float32_the_curves_agree() -> None:
     not multiplies(torch.bfloat16), reason="without instructions for bfloat16 a step of the others' code takes a minute"
 )
 def test_in_bfloat16_they_differ_as_two_runs_of_other_rounding_do() -> None:
-    theirs = curve("bfloat16", fast=False)
+    """Or, where an adapter's part is a term of the layer's own sum and not lost in its rounding, follow float32's."""
+    ours, theirs = curve("bfloat16", fast=True), curve("bfloat16", fast=False)
+    if multiplies_tiles():
+        exact = curve("float32", fast=False)
+        apart, others = (ours - exact).abs(), (theirs - exact).abs()
+        assert apart.mean() <= 0.5 * others.mean()
+        assert apart.max() <= 0.5 * others.max()
+        return
     rounding = (curve("bfloat16", fast=False, turned=True) - theirs).abs()
-    apart = (curve("bfloat16", fast=True) - theirs).abs()
+    apart = (ours - theirs).abs()
     assert rounding.max() > 0
     assert apart.mean() <= 1.5 * rounding.mean()
     assert apart.max() <= 1.5 * rounding.max()
-    assert (curve("bfloat16", fast=True).mean() - theirs.mean()).abs() <= 2 * rounding.mean()
+    assert (ours.mean() - theirs.mean()).abs() <= 2 * rounding.mean()

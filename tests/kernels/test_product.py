@@ -129,47 +129,6 @@ def test_a_narrow_product_is_not_turned(monkeypatch: pytest.MonkeyPatch, shape: 
     assert products.count == 0
 
 
-class Rows(TorchDispatchMode):
-    """The rows of every product."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[int] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in ("mm", "addmm"):
-            self.rows.append(len(args[-2]))
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("by_column", [True, False])
-@pytest.mark.parametrize(
-    ("rows", "halves"), [(256, [128, 128]), (333, [160, 173]), (511, [240, 128, 143]), (255, [255]), (512, [512])]
-)
-def test_what_one_of_two_threads_would_compute_alone_comes_in_halves(
-    monkeypatch: pytest.MonkeyPatch, rows: int, halves: list[int], by_column: bool
-) -> None:
-    monkeypatch.setattr(product, "_tiles", lambda: True)
-    monkeypatch.setattr(product, "multiplies", lambda dtype: True)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    a, bias = draw(rows, 520, seed=1), draw(256, seed=3)
-    b = draw(256, 520, seed=2).T if by_column else draw(520, 256, seed=2)
-    for plus in (None, bias):
-        with Rows() as products:
-            found = mm(a, b, plus)
-            place = torch.empty(rows, 256, dtype=torch.bfloat16)
-            assert mm(a, b, plus, out=place) is place
-        assert products.rows == halves * 2 and torch.equal(place, found)
-        exact = a.double() @ b.double() + (0 if plus is None else plus.double())
-        torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(torch.bfloat16).eps, atol=0.1)
-    with Rows() as products:
-        mm(a.float(), b.float())
-        mm(a[:, :500], b[:500])
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-        mm(a, b)
-    assert products.rows == [rows] * 3
-
-
 def test_where_it_is_not_known_nothing_is_turned(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = draw(8, 140, seed=1, dtype=torch.float32), draw(140, 140, seed=2, dtype=torch.float32)
     for capability in ("AVX2", "AVX512", "DEFAULT"):

@@ -113,12 +113,12 @@ class _AdaptedLinear(torch.autograd.Function):
         w = made(weight, x.dtype) if transposed else made(weight, x.dtype).T
         y = empty(*x.shape[:-1], w.shape[1], like=x)  # no view of another tensor, so that it may be changed in place
         flat = y.view(-1, w.shape[1])
-        ctx.at_once = low_rank.serves(rows, a, b, bias)
-        mm(rows, w, None if ctx.at_once else bias, out=flat)
+        ctx.at_once = low_rank.serves(rows, w, a, b, bias)
         if ctx.at_once:
             small_a, small_b = a, b
-            inner = low_rank.add_(flat, dropped(rows, p, seed), a, b, scale / (1 - p), bias)
+            inner = low_rank.product(rows, dropped(rows, p, seed), w, a, b, scale / (1 - p), bias, flat)
         else:
+            mm(rows, w, bias, out=flat)
             small_a, small_b = a.to(x.dtype), (b * (scale / (1 - p))).to(x.dtype)
             inner = mm(dropped(rows, p, seed), small_a.T)
             addmm_(flat, inner, small_b.T)
@@ -134,22 +134,25 @@ class _AdaptedLinear(torch.autograd.Function):
         inner, a, b, saved, *kept = ctx.saved_tensors
         scale, transposed, p, seed, shape, a_type, b_type = ctx.settings
         g = grad.reshape(-1, grad.shape[-1])
-        dx = da = db = None
+        x = dropped(rows_from(ctx.maker, kept), p, seed) if ctx.needs_input_grad[1] else None
+        dx = low_dx = w = da = db = None
         if ctx.needs_input_grad[0]:
             weight = made(ctx.make_weight or saved, g.dtype)
-            dx = mm(g, weight.T if transposed else weight)
-        x = dropped(rows_from(ctx.maker, kept), p, seed) if ctx.needs_input_grad[1] else None
+            w = weight if transposed else weight.T
         if ctx.at_once:
-            low_dx = dx if dx is None or not p else torch.zeros_like(dx)
-            da, db = low_rank.backward(g, x, inner, a, b, scale, low_dx)
-            if dx is not None and low_dx is not None and p:
-                dx += dropped(low_dx, p, seed)
+            if w is not None:
+                dx = empty(len(g), len(w), like=g)
+                low_dx = torch.empty_like(dx) if p else None
+            da, db = low_rank.backward(g, x, w, inner, a, b, scale, dx, low_dx)
         else:
             low = mm(g, b)
-            if dx is not None and p:
-                dx += dropped(mm(low, a), p, seed)
-            elif dx is not None:
+            if w is not None:
+                dx = mm(g, w.T)
+                low_dx = mm(low, a) if p else None
+            if dx is not None and not p:
                 addmm_(dx, low, a)
             da = None if x is None else mm(low.T, x).to(a_type)
             db = None if inner is None else mm(g.T, inner).to(b_type).mul_(scale)
+        if dx is not None and low_dx is not None:
+            dx += dropped(low_dx, p, seed)
         return None if dx is None else dx.view(shape), da, db, None, None, None, None, None, None

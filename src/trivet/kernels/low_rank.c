@@ -1,8 +1,9 @@
-/* The products of an adapted layer with its two factors, by AMX: `low_rank.py` says what they are.
+/* The products of an adapted layer, by AMX: `low_rank.py` says what they are.
  *
- * `thin` has a column for each rank. With a factor f (rank x k), thin = x fT; y += thin f; and f's gradient is thinT x.
- * Tensors are read as they lie in memory. A thread has some of the rows and goes through them in chunks that stay in its
- * second cache, all products of a chunk one after the other.
+ * `thin` has a column for each rank. With a factor f (rank x k), thin = x fT; y has thin f as a further term of the layer's
+ * own product (`tile_product.c`); and f's gradient is thinT x. Tensors are read as they lie in memory. A thread has some
+ * of the rows and goes through them in chunks that stay in its second cache, all thin products of a chunk one after the
+ * other.
  */
 
 #include "tiles.h"
@@ -92,45 +93,6 @@ static void find_thin(const bf16 *x, int64_t k, int64_t count, const bf16 *f, in
     }
 }
 
-/* y += thin f + bias, which may be NULL, of `count` rows (DEPTH at most). */
-static void add_product(bf16 *y, int64_t k, int64_t count, const bf16 *thin, int64_t room, const bf16 *f,
-                        const bf16 *bias) {
-    float sums[DEPTH][DEPTH] ALIGNED;
-    const bf16 *lower = thin + TILE * room;
-    int64_t next = room * TILE;
-    for (int64_t j = 0; j < k; j += DEPTH, f += 2 * next) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int64_t i = 0; i < room; i += DEPTH) {
-            _tile_loadd(4, thin + i, room * 2);
-            _tile_loadd(6, f + i * TILE, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, f + next + i * TILE, 64);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, lower + i, room * 2);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-        _tile_stored(0, sums[0], 128);
-        _tile_stored(1, sums[0] + TILE, 128);
-        _tile_stored(2, sums[TILE], 128);
-        _tile_stored(3, sums[TILE] + TILE, 128);
-        __m512i added = bias ? _mm512_loadu_si512(bias + j) : _mm512_setzero_si512();
-        __m512 left = widened(_mm512_castsi512_si256(added)), right = widened(_mm512_extracti64x4_epi64(added, 1));
-        for (int64_t row = 0; row < count; row++) {
-            bf16 *to = y + row * k + j;
-            _mm_prefetch((const char *)(to + 4 * DEPTH), _MM_HINT_T0); /* no pattern that processors foresee */
-            __m512i old = _mm512_loadu_si512(to);
-            __m512 first = _mm512_add_ps(widened(_mm512_castsi512_si256(old)), _mm512_load_ps(sums[row]));
-            __m512 second = _mm512_add_ps(widened(_mm512_extracti64x4_epi64(old, 1)), _mm512_load_ps(sums[row] + TILE));
-            __m512bh sum = _mm512_cvtne2ps_pbh(_mm512_add_ps(second, right), _mm512_add_ps(first, left));
-            memcpy(to, &sum, 64);
-        }
-    }
-}
-
 /* found (rank x k) = thinT x of `count` rows (CHUNK at most), or += where `more`. `turned` is thinT, 0 behind `count`. */
 static void find_gradient(const bf16 *x, int64_t k, int64_t count, const bf16 *turned, int64_t ld, int64_t rank,
                           float *found, int64_t ldf, int more) {
@@ -182,13 +144,14 @@ static void fit(int64_t count) {
     if (count < DEPTH) configure(MIN(TILE, count), MAX(1, count - TILE));
 }
 
-/* y (n x m) += scale (x aT) bT + bias, with x (n x k), a (rank x k), b (m x rank), and m numbers of bias, or NULL. `turned`
- * (rank rounded up to TILE x n rounded up to DEPTH) becomes (x aT)T. `packed` has room for both factors, their ranks
- * rounded up to DEPTH. */
-void low_rank_add(int type, bf16 *y, const bf16 *x, const float *a, const float *b, const bf16 *bias, bf16 *turned,
-                  bf16 *packed, int64_t n, int64_t k, int64_t m, int64_t rank, float scale, int threads) {
+/* y (n x m) = x (n x k) w + scale (low aT) bT + bias, with low (n x k), a (rank x k) and b (m x rank); w, `scratch`, `most` and
+ * `pieces` as in `product`. `turned` (rank rounded up to TILE x n rounded up to DEPTH) becomes (low aT)T. `thin` has room for n
+ * rounded up to DEPTH, k and m numbers, each times the rank rounded up to DEPTH. */
+void adapted_product(int type, bf16 *y, const bf16 *x, const bf16 *low, const bf16 *w, int64_t by_column, const float *a,
+                     const float *b, const bf16 *bias, bf16 *turned, bf16 *thin, bf16 *scratch, int64_t most, int64_t pieces, int64_t n,
+                     int64_t k, int64_t m, int64_t rank, float scale, int threads) {
     int64_t room = rounded_to(rank, DEPTH), ld = rounded_to(n, DEPTH);
-    bf16 *for_thin = packed, *for_sum = packed + room * k;
+    bf16 *for_thin = thin + room * ld, *for_sum = for_thin + room * k;
     (void)type;
 #pragma omp parallel num_threads(threads)
     {
@@ -197,27 +160,30 @@ void low_rank_add(int type, bf16 *y, const bf16 *x, const float *a, const float 
         pack_for_thin((factor){a, k, 1, rank, k, 1}, for_thin);
         pack_for_sum((factor){b, 1, rank, rank, m, scale}, for_sum);
 #pragma omp barrier
-        int64_t each = rounded_to((n + THREADS - 1) / THREADS, DEPTH), end = MIN(n, (THREAD + 1) * each);
-        bf16 thin[DEPTH * room] ALIGNED;
-        memset(thin, 0, sizeof thin);
+        int64_t each = rounded_to((n + THREADS - 1) / THREADS, DEPTH), start = MIN(n, THREAD * each), end = MIN(n, start + each);
+        memset(thin + start * room, 0, (end - start) * room * sizeof(bf16));
         configure(TILE, TILE);
-        for (int64_t i = THREAD * each; i < end; i += DEPTH) {
+        for (int64_t i = start; i < end; i += DEPTH) {
             int64_t count = MIN(DEPTH, end - i);
             fit(count);
-            find_thin(x + i * k, k, count, for_thin, rank, thin, room, turned + i, ld);
-            add_product(y + i * m, m, count, thin, room, for_sum, bias);
+            find_thin(low + i * k, k, count, for_thin, rank, thin + i * room, room, turned + i, ld);
         }
+#pragma omp barrier
+        multiply_frozen((product){y, x, w, by_column, scratch, most, pieces, bias, thin, for_sum, room, n, k, m});
         _tile_loadconfig(&others);
     }
 }
 
-/* With g (n x m), y's gradient: dx (n x k) += scale (g b) a, da = scale (g b)T x, db = scale gT (x aT), each but where it
- * is NULL. `parts` has room for rank (rounded up to TILE) x (k + m) numbers of each thread. */
-void low_rank_backward(int type, const bf16 *g, const bf16 *x, const bf16 *turned, const float *a, const float *b, bf16 *dx,
-                       float *da, float *db, bf16 *packed, float *parts, int64_t n, int64_t k, int64_t m, int64_t rank,
-                       float scale, int threads) {
+/* With g (n x m), y's gradient: da = scale (g b)T low, db = scale gT (low aT), and the gradient of x and of low together,
+ * dx = g wT + scale (g b) a, or where there is dlow, of each alone. What is NULL is not computed; the rest as above. `parts`
+ * has room for rank (rounded up to TILE) x (k + m) numbers of each thread. */
+void adapted_product_backward(int type, const bf16 *g, const bf16 *low, const bf16 *w, int64_t by_column,
+                              const bf16 *turned, const float *a, const float *b, bf16 *dx, bf16 *dlow, float *da,
+                              float *db, bf16 *thin, bf16 *scratch, int64_t most,
+                              int64_t pieces, float *parts, int64_t n, int64_t k,
+                              int64_t m, int64_t rank, float scale, int threads) {
     int64_t room = rounded_to(rank, DEPTH), ranks = rounded_to(rank, TILE), ld = rounded_to(n, DEPTH), wide = k + m;
-    bf16 *for_thin = packed, *for_sum = packed + room * m;
+    bf16 *for_thin = thin + room * ld, *for_sum = for_thin + room * m;
     (void)type;
 #pragma omp parallel num_threads(threads)
     {
@@ -226,26 +192,30 @@ void low_rank_backward(int type, const bf16 *g, const bf16 *x, const bf16 *turne
         pack_for_thin((factor){b, 1, rank, rank, m, scale}, for_thin);
         if (dx) pack_for_sum((factor){a, k, 1, rank, k, 1}, for_sum);
 #pragma omp barrier
-        int64_t each = rounded_to((n + THREADS - 1) / THREADS, DEPTH), start = THREAD * each, end = MIN(n, start + each);
+        int64_t each = rounded_to((n + THREADS - 1) / THREADS, DEPTH), start = MIN(n, THREAD * each), end = MIN(n, start + each);
         float *found = parts + THREAD * ranks * wide;
-        bf16 thin[DEPTH * room] ALIGNED, low[ranks * CHUNK] ALIGNED;
-        memset(thin, 0, sizeof thin);
-        if (start >= end) memset(found, 0, ranks * wide * sizeof(float));
+        bf16 turned_thin[ranks * CHUNK] ALIGNED;
+        memset(thin + start * room, 0, (end - start) * room * sizeof(bf16));
+        if (start == end) memset(found, 0, ranks * wide * sizeof(float));
         configure(TILE, TILE);
         for (int64_t i = start; i < end; i += CHUNK) {
             int64_t chunk = MIN(CHUNK, end - i);
-            for (int64_t j = 0; j < chunk; j += DEPTH) {
-                int64_t count = MIN(DEPTH, chunk - j);
+            for (int64_t j = i; j < i + chunk; j += DEPTH) {
+                int64_t count = MIN(DEPTH, i + chunk - j);
                 fit(count);
-                find_thin(g + (i + j) * m, m, count, for_thin, rank, thin, room, low + j, CHUNK);
-                if (dx) add_product(dx + (i + j) * k, k, count, thin, room, for_sum, NULL);
+                find_thin(g + j * m, m, count, for_thin, rank, thin + j * room, room, turned_thin + j - i, CHUNK);
             }
             configure(TILE, TILE);
-            if (da) find_gradient(x + i * k, k, chunk, low, CHUNK, rank, found, wide, i > start);
+            if (da) find_gradient(low + i * k, k, chunk, turned_thin, CHUNK, rank, found, wide, i > start);
             if (db) find_gradient(g + i * m, m, chunk, turned + i, ld, rank, found + k, wide, i > start);
         }
-        _tile_loadconfig(&others);
 #pragma omp barrier
+        if (dx && !dlow) multiply_frozen((product){dx, g, w, !by_column, scratch, most, pieces, NULL, thin, for_sum, room, n, m, k});
+        if (dx && dlow) {
+            multiply_frozen((product){dx, g, w, !by_column, scratch, most, pieces, NULL, NULL, NULL, 0, n, m, k});
+            multiply_frozen((product){dlow, NULL, NULL, 0, scratch, k / DEPTH, 1, NULL, thin, for_sum, room, n, 0, k});
+        }
+        _tile_loadconfig(&others);
         int64_t from = da ? 0 : k, to = db ? wide : k, count = THREADS;
 #pragma omp for
         for (int64_t part = from; part < to; part += STRIP)

@@ -1,81 +1,98 @@
-"""An adapted layer's products with its two factors, by AMX: one C function for a forward pass, one for a backward one.
+"""An adapted layer by AMX: one C function for its forward pass, one for its backward one.
 
-torch takes two products for the one and four for the other, of large tensors with thin ones: each is little work for
-its library, x and the gradients are read from memory twice, and the factors are copied to 16 bits first. `low_rank.c`
-has them by instructions of the processor, chunk by chunk; sums are in float32, and so are the gradients.
+torch takes three products for the one and five for the other, most of them of large tensors with thin ones: each is
+little work for its library, x and the gradients are read from memory again, what an adapter adds is a pass over all of
+y, and the factors are copied to 16 bits first. `low_rank.c` has them by instructions of the processor, and what is added
+is a term of the layer's own product: it is not rounded by itself, nor lost where it is less than y's last place. Sums
+are in float32, and so are the factors' gradients.
 """
 
 from __future__ import annotations
 
 import torch
 
-from trivet.kernels import compiled
+from trivet.kernels import compiled, tile_product
 
-#: Of low_rank.c: what features and, in its results, ranks and rows are rounded up to.
+#: Of low_rank.c: what ranks, and ranks and rows, are rounded up to in its results.
 _TILE, _DEPTH = 16, 32
 #: Above so many ranks torch's own products are as fast.
 _MOST_RANKS = 128
 
 
-def serves(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
-    """Whether these functions take x (n, k), the factors A (rank, k) and B (m, rank), and the layer's bias (m)."""
-    if x.dtype != torch.bfloat16 or not compiled.serves(x) or not compiled.multiplies_tiles():
+def serves(
+    x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None
+) -> bool:
+    """Whether these functions take x (n, k), a layer's w (k, m) and bias (m), and A (rank, k) and B (m, rank)."""
+    if len(a) > _MOST_RANKS or not tile_product.serves(x, w, bias):
         return False
-    factors = all(f.dtype == torch.float32 and f.is_contiguous() and compiled.serves(f) for f in (a, b))
-    fits = a.shape[1] % _DEPTH == b.shape[0] % _DEPTH == 0 and len(x) >= _DEPTH and len(a) <= _MOST_RANKS
-    return factors and fits and x.is_contiguous() and (bias is None or bias.dtype == x.dtype)
+    return all(f.dtype == torch.float32 and f.is_contiguous() and compiled.serves(f) for f in (a, b))
 
 
-def add_(
-    y: torch.Tensor,
+def product(
     x: torch.Tensor,
+    low: torch.Tensor,
+    w: torch.Tensor,
     a: torch.Tensor,
     b: torch.Tensor,
     scale: float,
-    bias: torch.Tensor | None = None,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
 ) -> torch.Tensor:
-    """y += scale · (x Aᵀ) Bᵀ + bias, in place.
+    """Into `out` (n, m), contiguous: x w + bias + scale · (low Aᵀ) Bᵀ.
 
     Args:
-        y: (n, m), contiguous.
-        x, a, b: as `serves` takes them.
-        bias: (m,). torch's product would write it to all rows first.
+        x, w, a, b, bias: as `serves` takes them.
+        low: (n, k), what the adapter reads: x, or x after its dropout.
 
     Returns:
-        (x Aᵀ)ᵀ, for `backward`.
+        (low Aᵀ)ᵀ, for `backward`.
     """
     (n, k), (m, rank) = x.shape, b.shape
     turned = x.new_empty(_up(rank, _TILE), _up(n, _DEPTH))
-    packed = x.new_empty(_up(rank, _DEPTH) * (k + m))
-    compiled.call("low_rank_add", x, y, x, a, b, bias, turned, packed, n, k, m, rank, float(scale))
+    layer = w, tile_product.by_column(w)
+    room = _thin(n, k, m, rank, like=x), *tile_product.scratch(n, k, like=x)
+    sizes = n, k, m, rank
+    compiled.call(
+        "adapted_product", x, out, x, low.contiguous(), *layer, a, b, bias, turned, *room, *sizes, float(scale)
+    )
     return turned
 
 
 def backward(
     grad: torch.Tensor,
-    x: torch.Tensor | None,
+    low: torch.Tensor | None,
+    w: torch.Tensor | None,
     turned: torch.Tensor | None,
     a: torch.Tensor,
     b: torch.Tensor,
     scale: float,
     dx: torch.Tensor | None,
+    dlow: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The gradients of A, where there is x, and of B, where there is `turned`, in float32.
+    """The gradients of A, where there is `low`, and of B, where there is `turned`, in float32.
 
     Args:
-        grad: (n, m), that of what was added to y.
-        x, turned, a, b, scale: what `add_` was given, and has returned.
-        dx: (n, k), contiguous, or None: what is added to x's gradient is added to it.
+        grad: (n, m), `out`'s.
+        low, w, turned, a, b, scale: what `product` was given, and has returned; no w without dx.
+        dx: (n, k), contiguous, or None: becomes the gradient of x, and of `low` too unless that has its own.
+        dlow: the same for `low`, where it is not x.
     """
     (n, m), (rank, k) = grad.shape, a.shape
     grad = grad.contiguous()
-    da = None if x is None else torch.empty_like(a)
+    da = None if low is None else torch.empty_like(a)
     db = None if turned is None else torch.empty_like(b)
-    packed = grad.new_empty(_up(rank, _DEPTH) * (k + m))
+    low = None if low is None else low.contiguous()
+    layer = w, 0 if w is None else tile_product.by_column(w)
+    room = _thin(n, k, m, rank, like=grad), *tile_product.scratch(n, m, like=grad)
     parts = a.new_empty(torch.get_num_threads() * _up(rank, _TILE) * (k + m))
-    sizes = n, k, m, rank
-    compiled.call("low_rank_backward", grad, grad, x, turned, a, b, dx, da, db, packed, parts, *sizes, float(scale))
+    given = grad, low, *layer, turned, a, b, dx, dlow, da, db, *room, parts
+    compiled.call("adapted_product_backward", grad, *given, n, k, m, rank, float(scale))
     return da, db
+
+
+def _thin(n: int, k: int, m: int, rank: int, *, like: torch.Tensor) -> torch.Tensor:
+    """Memory for what has a column for each rank."""
+    return like.new_empty((_up(n, _DEPTH) + k + m) * _up(rank, _DEPTH))
 
 
 def _up(number: int, to: int) -> int:

@@ -11,8 +11,8 @@ the time, down to a third, as (W xᵀ)ᵀ instead of x Wᵀ.
 Where it has them, torch's library makes code for each new shape, which takes as long as several products: numbers of
 rows that may as well be others come from a few (`few_sizes`).
 
-With AMX and two threads, the library gives all of a 16-bit product to one of them where it has about as many rows as
-columns. It is computed in halves there, which are divided well. Everywhere else these are torch's own products.
+With AMX and several threads, the library divides a 16-bit product of few columns badly; `tile_product` has those.
+Everywhere else these are torch's own products.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from trivet.kernels import tile_product
 from trivet.kernels.heap import empty
 
 #: Entries of a large matrix that are widened at a time: 4 MiB, about a core's share of the cache.
@@ -32,8 +33,8 @@ _PART = 2**20
 _FEW = 8
 #: Products of so few rows are turned: from the lower number on where W lies as x Wᵀ reads it, from the higher one else.
 _TURNED, _TURNED_ACROSS, _TURNED_UNTIL = 2, 16, 128
-#: Products of so many columns, with at least as many rows and less than twice, and sums of at least so many terms.
-_ALONE_FROM, _ALONE_UNTIL, _ALONE_TERMS = 256, 1024, 512
+#: 16-bit products of more columns, and of fewer rows, are torch's.
+_NARROW, _LONG = 768, 128
 _FLOAT32 = torch.empty(0)
 
 
@@ -103,11 +104,8 @@ def mm(
         turned = torch.mm(b.T, a.T).T
         out = a.new_empty(turned.shape) if out is None else out
         return out.copy_(turned) if bias is None else torch.add(turned, bias, out=out)
-    if _alone(a, b):
-        half, out = len(a) // 32 * 16, a.new_empty(len(a), b.shape[1]) if out is None else out
-        for rows in (slice(half), slice(half, None)):
-            mm(a[rows], b, bias, out[rows])
-        return out
+    if len(a) >= _LONG and b.shape[1] <= _NARROW and torch.get_num_threads() > 1 and tile_product.serves(a, b, bias):
+        return tile_product.product(a, b, bias, out)
     if not widens(a) or (by_column and len(a) < _FEW):
         return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
     out = a.new_empty(len(a), b.shape[1]) if out is None else out
@@ -152,19 +150,6 @@ def _turned(a: torch.Tensor, b: torch.Tensor) -> bool:
     least = _TURNED if b.stride(0) == 1 else _TURNED_ACROSS
     few = least <= len(a) <= _TURNED_UNTIL <= min(b.shape) and a.stride(1) == 1
     return few and turns(a)
-
-
-def _alone(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether one of two threads would compute a b alone."""
-    (terms, columns), rows = b.shape, len(a)
-    shape = _ALONE_FROM <= columns <= _ALONE_UNTIL and columns <= rows < 2 * columns and terms >= _ALONE_TERMS
-    return shape and a.dtype == torch.bfloat16 and a.device.type == "cpu" and torch.get_num_threads() == 2 and _tiles()
-
-
-@functools.cache
-def _tiles() -> bool:
-    """Whether this processor multiplies tiles of bfloat16 numbers (AMX)."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 #: A frozen layer's W, or what makes it in a type for each product anew.

@@ -82,5 +82,22 @@ static inline void transpose(const void *x, int64_t ldx, void *y, int64_t ldy) {
     }
 }
 
+/* y (n x m) = x (n x k) w + thin (n x room) f + bias, which may be NULL. w lies in memory as (k x m), or `turned` as
+ * (m x k); f is packed. `thin` has as many rows as n rounded up to DEPTH, and `room`, which may be 0, is a multiple of DEPTH.
+ * The sums come in `pieces` of their terms, and `most` panels of DEPTH columns at a time: `scratch` has room for what each
+ * thread packs of them, and if there are several pieces, for the panels' sums in float32. */
+typedef struct {
+    bf16 *y;
+    const bf16 *x, *w;
+    int64_t turned;
+    bf16 *scratch;
+    int64_t most, pieces;
+    const bf16 *bias, *thin, *f;
+    int64_t room, n, k, m;
+} product;
+
+/* Computes it; all threads of a team call this (`tile_product.c`), and each leaves its tiles set up. */
+void multiply_frozen(product p);
+
 #endif
 #endif

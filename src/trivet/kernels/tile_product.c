@@ -1,0 +1,129 @@
+/* Products with frozen weights, by AMX: `tile_product.py` says what they are.
+ *
+ * A thread has some columns of the result. It packs their weights, so many at a time as its second cache holds, and
+ * goes through the rows: DEPTH rows of x stay in the first cache while all that is packed passes by. What an adapter adds
+ * is a further term of the same sums (`low_rank.c`), so that the result is written once, and rounded once.
+ */
+
+#include "tiles.h"
+#ifdef HAS_TILES
+
+/* Panels, of DEPTH columns, for which it is worth to divide the columns among threads, and not the rows. */
+enum { LEAST = 3 };
+
+/* DEPTH columns of some of w's rows, packed: two tiles for each DEPTH rows. */
+static void pack_panel(product p, int64_t column, int64_t row, int64_t rows, bf16 *to) {
+    if (!p.turned) {
+        pack_rows(p.w + row * p.m + column, p.m, rows, DEPTH, to, 2);
+        return;
+    }
+    for (int64_t i = 0; i < rows; i += DEPTH)
+        for (int half = 0; half < 2; half++)
+            transpose(p.w + (column + half * TILE) * p.k + row + i, p.k * 2, to + (2 * (i / DEPTH) + half) * PACKED, 64);
+}
+
+/* Tiles 0 to 3 += x w of DEPTH rows (`below`: where the second half of them begins), w packed, with one tile to the next. */
+static inline void add_tiles(const bf16 *x, const bf16 *below, int64_t ldx, int64_t k, const bf16 *w, const bf16 *right,
+                             int64_t next) {
+    for (int64_t i = 0; i < k; i += DEPTH, w += next, right += next) {
+        _tile_loadd(4, x + i, ldx * 2);
+        _tile_loadd(6, w, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, right, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, below + i, ldx * 2);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+}
+
+/* Of `all`, where the share of one of `count` begins. */
+static inline int64_t share(int64_t all, int64_t one, int64_t count) { return all * one / count; }
+
+static inline void zero_sums(void) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+static inline void load_sums(const float (*sums)[DEPTH]) {
+    _tile_loadd(0, sums[0], 128);
+    _tile_loadd(1, sums[0] + TILE, 128);
+    _tile_loadd(2, sums[TILE], 128);
+    _tile_loadd(3, sums[TILE] + TILE, 128);
+}
+
+static inline void store_sums(float (*sums)[DEPTH]) {
+    _tile_stored(0, sums[0], 128);
+    _tile_stored(1, sums[0] + TILE, 128);
+    _tile_stored(2, sums[TILE], 128);
+    _tile_stored(3, sums[TILE] + TILE, 128);
+}
+
+/* y = sums + bias of `count` rows. */
+static inline void write_sums(float (*sums)[DEPTH], const bf16 *bias, bf16 *y, int64_t m, int64_t count) {
+    __m512i added = bias ? _mm512_loadu_si512(bias) : _mm512_setzero_si512();
+    __m512 left = widened(_mm512_castsi512_si256(added)), right = widened(_mm512_extracti64x4_epi64(added, 1));
+    for (int64_t r = 0; r < count; r++) {
+        __m512 first = _mm512_add_ps(_mm512_load_ps(sums[r]), left);
+        __m512 second = _mm512_add_ps(_mm512_load_ps(sums[r] + TILE), right);
+        __m512bh both = _mm512_cvtne2ps_pbh(second, first);
+        memcpy(y + r * m, &both, 64);
+    }
+}
+
+void multiply_frozen(product p) {
+    int64_t panels = p.m / DEPTH, across = THREADS;
+    while (across > 1 && (THREADS % across || panels < LEAST * across)) across--;
+    int64_t down = THREADS / across, column = THREAD % across, row = THREAD / across, blocks = rounded_to(p.n, DEPTH) / DEPTH;
+    int64_t top = share(blocks, row, down) * DEPTH, bottom = MIN(p.n, share(blocks, row + 1, down) * DEPTH);
+    int64_t first = share(panels, column, across), mine = share(panels, column + 1, across) - first;
+    int64_t parts = (mine + p.most - 1) / p.most, terms = p.k / DEPTH, deep = (terms + p.pieces - 1) / p.pieces * DEPTH;
+    bf16 *packed = p.scratch + THREAD * p.most * DEPTH * (deep + (p.pieces > 1 ? 2 * blocks * DEPTH : 0));
+    float(*all)[DEPTH] = (float(*)[DEPTH])(packed + p.most * DEPTH * deep), one[DEPTH][DEPTH] ALIGNED;
+    for (int64_t part = 0; part < parts; part++) {
+        int64_t from = first + share(mine, part, parts), to = first + share(mine, part + 1, parts);
+        for (int64_t piece = 0; piece < p.pieces; piece++) {
+            int64_t term = share(terms, piece, p.pieces) * DEPTH, k = share(terms, piece + 1, p.pieces) * DEPTH - term;
+            int last = piece == p.pieces - 1;
+            for (int64_t panel = from; panel < to; panel++)
+                pack_panel(p, panel * DEPTH, term, k, packed + (panel - from) * k * DEPTH);
+            configure(TILE, TILE);
+            for (int64_t i = top; i < bottom; i += DEPTH) {
+                int64_t count = MIN(DEPTH, bottom - i), below = i + MIN(TILE, count - 1);
+                if (count < DEPTH) configure(MIN(TILE, count), MAX(1, count - TILE));
+                for (int64_t panel = from; panel < to; panel++) {
+                    float(*sums)[DEPTH] = p.pieces == 1 ? one : all + (i - top) * (to - from) + (panel - from) * DEPTH;
+                    bf16 *y = p.y + i * p.m + panel * DEPTH;
+                    for (int64_t r = 0; r < count && last; r++) __builtin_prefetch(y + r * p.m, 1);
+                    if (piece)
+                        load_sums(sums);
+                    else
+                        zero_sums();
+                    const bf16 *w = packed + (panel - from) * k * DEPTH, *f = p.f + 2 * panel * p.room * TILE;
+                    add_tiles(p.x + i * p.k + term, p.x + below * p.k + term, p.k, k, w, w + PACKED, 2 * PACKED);
+                    if (last)
+                        add_tiles(p.thin + i * p.room, p.thin + below * p.room, p.room, p.room, f, f + p.room * TILE, PACKED);
+                    store_sums(sums);
+                    if (last) write_sums(sums, p.bias ? p.bias + panel * DEPTH : NULL, y, p.m, count);
+                }
+            }
+        }
+    }
+}
+
+/* y (n x m) = x (n x k) w + bias, which may be NULL; the others as in `product`. */
+void tile_product(int type, bf16 *y, const bf16 *x, const bf16 *w, int64_t turned, const bf16 *bias, bf16 *scratch,
+                  int64_t most, int64_t pieces, int64_t n, int64_t k, int64_t m, int threads) {
+    (void)type;
+#pragma omp parallel num_threads(threads)
+    {
+        configuration others;
+        _tile_storeconfig(&others);
+        multiply_frozen((product){y, x, w, turned, scratch, most, pieces, bias, NULL, NULL, 0, n, k, m});
+        _tile_loadconfig(&others);
+    }
+}
+
+#endif

@@ -1,0 +1,58 @@
+"""Products of 16-bit numbers with frozen weights, by AMX.
+
+torch's library divides a product among threads, and among its tiles, well for some shapes only: of two threads it may
+leave one idle, or read a long row of x from memory again for each few columns. `tile_product.c` divides columns,
+packs their weights into the second cache, and reads x once; no shape costs code of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from trivet.kernels import compiled
+
+#: Of tile_product.c: columns of a panel, which features have to be a multiple of.
+_DEPTH = 32
+#: Bytes of weights that a thread packs at a time, half of a core's second cache, and the most terms of a sum.
+_ROOM, _TERMS = 2**20, 2048
+#: Fewer rows than that are not worth packing weights for.
+_LEAST_ROWS = 64
+
+
+def serves(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
+    """Whether `product` takes x (n, k), w (k, m), and bias (m)."""
+    if x.dtype != torch.bfloat16 or not compiled.serves(x) or not compiled.multiplies_tiles():
+        return False
+    alike = w.dtype == x.dtype and (bias is None or bias.dtype == x.dtype) and compiled.serves(w)
+    in_piece = x.is_contiguous() and (w.is_contiguous() or w.T.is_contiguous())
+    return alike and in_piece and w.shape[0] % _DEPTH == w.shape[1] % _DEPTH == 0 and len(x) >= _LEAST_ROWS
+
+
+def product(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x w + bias.
+
+    Args:
+        x, w, bias: as `serves` takes them.
+        out: (n, m), contiguous, where to put it.
+    """
+    n, k = x.shape
+    out = x.new_empty(n, w.shape[1]) if out is None else out
+    sizes = n, k, w.shape[1]
+    compiled.call("tile_product", x, out, x, w, by_column(w), bias, *scratch(n, k, like=x), *sizes)
+    return out
+
+
+def by_column(w: torch.Tensor) -> int:
+    """Whether w lies in memory column by column: 0 or 1."""
+    return int(w.stride(0) == 1)
+
+
+def scratch(n: int, k: int, *, like: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    """What a product of (n, k) needs: memory, how many panels a thread packs at a time, and pieces of each sum."""
+    pieces = -(-k // _TERMS)
+    terms = -(-k // _DEPTH // pieces) * _DEPTH
+    most = max(1, _ROOM // (2 * terms * _DEPTH))
+    sums = 0 if pieces == 1 else 2 * -(-n // _DEPTH) * _DEPTH
+    return like.new_empty(torch.get_num_threads() * most * _DEPTH * (terms + sums)), most, pieces
