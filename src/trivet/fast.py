@@ -227,7 +227,9 @@ def _gated(self: Any, x: torch.Tensor) -> torch.Tensor:
     """The forward pass of a gated feed-forward layer that was replaced."""
     if not _learns(x):
         return type(self).forward(self, x)
-    return self.down_proj(silu_gate(self.gate_proj(x), self.up_proj(x)))
+    together = getattr(type(self.gate_proj), "gated", None)  # an adapted layer's
+    found = None if together is None else together(self.gate_proj, self.up_proj, self.down_proj, x)
+    return self.down_proj(silu_gate(self.gate_proj(x), self.up_proj(x))) if found is None else found
 
 
 #: What transformers' modules call to turn queries and keys, and how: (query, key, cos, sin).

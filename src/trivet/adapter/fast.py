@@ -17,9 +17,10 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from trivet.adapter import fast_gpu
+from trivet.adapter.gated import Adapted, adapted_gate
 from trivet.fast import frozen_linear
 from trivet.four_bit import FourBitLinear
-from trivet.kernels import low_rank
+from trivet.kernels import low_rank, tile_product
 from trivet.kernels.dropout import dropped
 from trivet.kernels.heap import empty
 from trivet.kernels.product import addmm_, keep_apart, made, mm
@@ -44,17 +45,35 @@ class FastLinear(MergingLinear):
         name = self._single(x, args, kwargs)
         if name is None:
             return super().forward(x, *args, **kwargs)
-        parts: Any = self._modules  # a module's attributes are looked up slowly, and a model has hundreds of layers
-        base, dropout = parts["base_layer"], parts["lora_dropout"]._modules[name]
-        p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+        part = self._part(name)
+        p = self._dropped(name)
         seed = int(torch.randint(2**62, ())) if p else 0
+        settings = part.scale, part.transposed, p, seed
+        if fast_gpu.wanted(x) and isinstance(part.weight, torch.Tensor):
+            halves = vars(self).get("halves", {}).get(name)
+            return fast_gpu.adapted(x, part.a, part.b, halves, part.weight, part.bias, *settings)
+        return _AdaptedLinear.apply(x, part.a, part.b, part.weight, part.bias, *settings)
+
+    def gated(self, up: nn.Module, down: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+        """down(SiLU(self(x)) · up(x)), where one function has all of it (`adapter/gated.py`); else None."""
+        layers: tuple[Any, ...] = self, up, down
+        if not tile_product.works(x) or not all(type(layer) is FastLinear and not _hooked(layer) for layer in layers):
+            return None
+        names = [layer._single(x, (), {}) for layer in layers]
+        if None in names or any(layer._dropped(name) for layer, name in zip(layers, names, strict=True)):
+            return None
+        return adapted_gate(x, [layer._part(name) for layer, name in zip(layers, names, strict=True)])
+
+    def _part(self, name: str) -> Adapted:
+        parts: Any = self._modules  # a module's attributes are looked up slowly, and a model has hundreds of layers
+        base = parts["base_layer"]
         a, b = parts["lora_A"]._modules[name].weight, parts["lora_B"]._modules[name].weight
-        settings = self.scaling[name], type(base) is Conv1D, p, seed
-        four_bit = type(base) is FourBitLinear
-        weights = base.weight_in if four_bit else base._parameters["weight"], base._parameters["bias"]
-        if fast_gpu.wanted(x) and not four_bit:
-            return fast_gpu.adapted(x, a, b, vars(self).get("halves", {}).get(name), *weights, *settings)
-        return _AdaptedLinear.apply(x, a, b, *weights, *settings)
+        weight = base.weight_in if type(base) is FourBitLinear else base._parameters["weight"]
+        return Adapted(a, b, weight, base._parameters["bias"], self.scaling[name], type(base) is Conv1D)
+
+    def _dropped(self, name: str) -> float:
+        dropout = self._modules["lora_dropout"]._modules[name]  # type: ignore[union-attr]
+        return dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
 
     def _single(self, x: torch.Tensor, args: Any, kwargs: Any) -> str | None:
         """The adapter to apply, where the fused pass computes what PEFT's would."""
@@ -70,7 +89,7 @@ class FastLinear(MergingLinear):
             return None
         frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
         biased = getattr(parts["lora_B"]._modules[on[0]], "bias", None) is not None
-        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or _replaced(base)
+        hooked = _hooked(base) or _replaced(base)
         device = x.device.type
         able = torch.amp.is_autocast_available(device)  # not on the meta device
         cast = able and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != x.dtype
@@ -79,6 +98,10 @@ class FastLinear(MergingLinear):
 
 #: Layers that the fused pass knows, and the parameter that says in which type each computes.
 _BASES = {nn.Linear: "weight", Conv1D: "weight", FourBitLinear: "like"}
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 def _replaced(base: nn.Module) -> bool:

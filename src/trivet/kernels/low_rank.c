@@ -139,19 +139,32 @@ static void find_gradient(const bf16 *x, int64_t k, int64_t count, const bf16 *t
     }
 }
 
+/* The rows that a thread has: whole blocks of DEPTH, but for the last ones. */
+typedef struct {
+    int64_t start, end;
+} span;
+
+static span rows_of(int64_t n) {
+    int64_t each = rounded_to((n + THREADS - 1) / THREADS, DEPTH), start = MIN(n, THREAD * each);
+    return (span){start, MIN(n, start + each)};
+}
+
 /* A block of DEPTH rows, or of the `count` that are left. */
 static void fit(int64_t count) {
     if (count < DEPTH) configure(MIN(TILE, count), MAX(1, count - TILE));
 }
 
 /* y (n x m) = x (n x k) w + scale (low aT) bT + bias, with low (n x k), a (rank x k) and b (m x rank); w, `scratch`, `most` and
- * `pieces` as in `product`. `turned` (rank rounded up to TILE x n rounded up to DEPTH) becomes (low aT)T. `thin` has room for n
- * rounded up to DEPTH, k and m numbers, each times the rank rounded up to DEPTH. */
+ * `pieces` as in `product`, and `gate` and `gated` as in `after`, or NULL. `turned` (rank rounded up to TILE x n rounded up to
+ * DEPTH) becomes (low aT)T. `thin` has room for twice n rounded up to DEPTH, k and m numbers, each times the rank rounded up
+ * to DEPTH. */
 void adapted_product(int type, bf16 *y, const bf16 *x, const bf16 *low, const bf16 *w, int64_t by_column, const float *a,
-                     const float *b, const bf16 *bias, bf16 *turned, bf16 *thin, bf16 *scratch, int64_t most, int64_t pieces, int64_t n,
-                     int64_t k, int64_t m, int64_t rank, float scale, int threads) {
+                     const float *b, const bf16 *bias, const bf16 *gate, bf16 *gated, bf16 *turned, bf16 *thin,
+                     bf16 *scratch, int64_t most, int64_t pieces, int64_t n, int64_t k, int64_t m, int64_t rank,
+                     float scale, int threads) {
     int64_t room = rounded_to(rank, DEPTH), ld = rounded_to(n, DEPTH);
     bf16 *for_thin = thin + room * ld, *for_sum = for_thin + room * k;
+    after then = {.gate = gate, .gated = gated};
     (void)type;
 #pragma omp parallel num_threads(threads)
     {
@@ -160,62 +173,72 @@ void adapted_product(int type, bf16 *y, const bf16 *x, const bf16 *low, const bf
         pack_for_thin((factor){a, k, 1, rank, k, 1}, for_thin);
         pack_for_sum((factor){b, 1, rank, rank, m, scale}, for_sum);
 #pragma omp barrier
-        int64_t each = rounded_to((n + THREADS - 1) / THREADS, DEPTH), start = MIN(n, THREAD * each), end = MIN(n, start + each);
-        memset(thin + start * room, 0, (end - start) * room * sizeof(bf16));
+        span mine = rows_of(n);
+        memset(thin + mine.start * room, 0, (mine.end - mine.start) * room * sizeof(bf16));
         configure(TILE, TILE);
-        for (int64_t i = start; i < end; i += DEPTH) {
-            int64_t count = MIN(DEPTH, end - i);
+        for (int64_t i = mine.start; i < mine.end; i += DEPTH) {
+            int64_t count = MIN(DEPTH, mine.end - i);
             fit(count);
             find_thin(low + i * k, k, count, for_thin, rank, thin + i * room, room, turned + i, ld);
         }
 #pragma omp barrier
-        multiply_frozen((product){y, x, w, by_column, scratch, most, pieces, bias, thin, for_sum, room, n, k, m});
+        multiply_frozen((product){y, x, w, by_column, scratch, most, pieces, bias, thin, for_sum, room, n, k, m, then});
         _tile_loadconfig(&others);
     }
 }
 
 /* With g (n x m), y's gradient: da = scale (g b)T low, db = scale gT (low aT), and the gradient of x and of low together,
- * dx = g wT + scale (g b) a, or where there is dlow, of each alone. What is NULL is not computed; the rest as above. `parts`
- * has room for rank (rounded up to TILE) x (k + m) numbers of each thread. */
+ * dx = g wT + scale (g b) a, or where there is dlow, of each alone. What is NULL is not computed; the rest as above. With
+ * `more` both are added to dx. With `gate` and `up`, x and low were `gated`: it is written again, and their gradients are, of
+ * that which would be dx. `parts` has room for rank (rounded up to TILE) x (k + m) numbers of each thread. */
 void adapted_product_backward(int type, const bf16 *g, const bf16 *low, const bf16 *w, int64_t by_column,
-                              const bf16 *turned, const float *a, const float *b, bf16 *dx, bf16 *dlow, float *da,
-                              float *db, bf16 *thin, bf16 *scratch, int64_t most,
-                              int64_t pieces, float *parts, int64_t n, int64_t k,
-                              int64_t m, int64_t rank, float scale, int threads) {
+                              const bf16 *turned, const float *a, const float *b, bf16 *dx, bf16 *dlow, int64_t more,
+                              const bf16 *gate, const bf16 *up, bf16 *gated, bf16 *in_gate, bf16 *in_up, float *da,
+                              float *db, bf16 *thin, bf16 *scratch, int64_t most, int64_t pieces, float *parts, int64_t n,
+                              int64_t k, int64_t m, int64_t rank, float scale, int threads) {
     int64_t room = rounded_to(rank, DEPTH), ranks = rounded_to(rank, TILE), ld = rounded_to(n, DEPTH), wide = k + m;
-    bf16 *for_thin = thin + room * ld, *for_sum = for_thin + room * m;
+    bf16 *turned_thin = thin + room * ld, *for_thin = turned_thin + ranks * ld, *for_sum = for_thin + room * m;
+    after then = {more, gate, up, gated, in_gate, in_up};
     (void)type;
 #pragma omp parallel num_threads(threads)
     {
         configuration others;
         _tile_storeconfig(&others);
         pack_for_thin((factor){b, 1, rank, rank, m, scale}, for_thin);
-        if (dx) pack_for_sum((factor){a, k, 1, rank, k, 1}, for_sum);
+        if (dx || gate) pack_for_sum((factor){a, k, 1, rank, k, 1}, for_sum);
 #pragma omp barrier
-        int64_t each = rounded_to((n + THREADS - 1) / THREADS, DEPTH), start = MIN(n, THREAD * each), end = MIN(n, start + each);
+        span mine = rows_of(n);
         float *found = parts + THREAD * ranks * wide;
-        bf16 turned_thin[ranks * CHUNK] ALIGNED;
-        memset(thin + start * room, 0, (end - start) * room * sizeof(bf16));
-        if (start == end) memset(found, 0, ranks * wide * sizeof(float));
-        configure(TILE, TILE);
-        for (int64_t i = start; i < end; i += CHUNK) {
-            int64_t chunk = MIN(CHUNK, end - i);
+        memset(thin + mine.start * room, 0, (mine.end - mine.start) * room * sizeof(bf16));
+        if (mine.start == mine.end) memset(found, 0, ranks * wide * sizeof(float));
+        for (int64_t i = mine.start; i < mine.end; i += CHUNK) {
+            int64_t chunk = MIN(CHUNK, mine.end - i);
+            configure(TILE, TILE);
             for (int64_t j = i; j < i + chunk; j += DEPTH) {
                 int64_t count = MIN(DEPTH, i + chunk - j);
                 fit(count);
-                find_thin(g + j * m, m, count, for_thin, rank, thin + j * room, room, turned_thin + j - i, CHUNK);
+                find_thin(g + j * m, m, count, for_thin, rank, thin + j * room, room, turned_thin + j, ld);
             }
             configure(TILE, TILE);
-            if (da) find_gradient(low + i * k, k, chunk, turned_thin, CHUNK, rank, found, wide, i > start);
-            if (db) find_gradient(g + i * m, m, chunk, turned + i, ld, rank, found + k, wide, i > start);
+            if (db) find_gradient(g + i * m, m, chunk, turned + i, ld, rank, found + k, wide, i > mine.start);
         }
 #pragma omp barrier
-        if (dx && !dlow) multiply_frozen((product){dx, g, w, !by_column, scratch, most, pieces, NULL, thin, for_sum, room, n, m, k});
+        if ((dx || gate) && !dlow)
+            multiply_frozen((product){dx, g, w, !by_column, scratch, most, pieces, NULL, thin, for_sum, room, n, m, k, then});
         if (dx && dlow) {
-            multiply_frozen((product){dx, g, w, !by_column, scratch, most, pieces, NULL, NULL, NULL, 0, n, m, k});
-            multiply_frozen((product){dlow, NULL, NULL, 0, scratch, k / DEPTH, 1, NULL, thin, for_sum, room, n, 0, k});
+            multiply_frozen((product){dx, g, w, !by_column, scratch, most, pieces, NULL, NULL, NULL, 0, n, m, k, then});
+            multiply_frozen((product){dlow, NULL, NULL, 0, scratch, k / DEPTH, 1, NULL, thin, for_sum, room, n, 0, k, {0}});
+        }
+        if (gate) {
+#pragma omp barrier
+        }
+        configure(TILE, TILE);
+        for (int64_t i = mine.start; da && i < mine.end; i += CHUNK) {
+            int64_t chunk = MIN(CHUNK, mine.end - i);
+            find_gradient(low + i * k, k, chunk, turned_thin + i, ld, rank, found, wide, i > mine.start);
         }
         _tile_loadconfig(&others);
+#pragma omp barrier
         int64_t from = da ? 0 : k, to = db ? wide : k, count = THREADS;
 #pragma omp for
         for (int64_t part = from; part < to; part += STRIP)

@@ -2,12 +2,14 @@
 
 torch takes three products for the one and five for the other, most of them of large tensors with thin ones: each is
 little work for its library, x and the gradients are read from memory again, what an adapter adds is a pass over all of
-y, and the factors are copied to 16 bits first. `low_rank.c` has them by instructions of the processor, and what is added
-is a term of the layer's own product: it is not rounded by itself, nor lost where it is less than y's last place. Sums
-are in float32, and so are the factors' gradients.
+y, and the factors are copied to 16 bits first. `low_rank.c` has them by instructions of the processor, and what is
+added is a term of the layer's own product: it is not rounded by itself, nor lost where it is less than y's last place.
+Sums are in float32, and so are the factors' gradients.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 
@@ -37,12 +39,15 @@ def product(
     scale: float,
     bias: torch.Tensor | None,
     out: torch.Tensor,
+    gate: torch.Tensor | None = None,
+    gated: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Into `out` (n, m), contiguous: x w + bias + scale · (low Aᵀ) Bᵀ.
+    """Into `out` (n, m), contiguous: x w + bias + scale · (low Aᵀ) Bᵀ; and with a gate, into `gated`: SiLU(gate) · out.
 
     Args:
         x, w, a, b, bias: as `serves` takes them.
         low: (n, k), what the adapter reads: x, or x after its dropout.
+        gate, gated: (n, m), contiguous.
 
     Returns:
         (low Aᵀ)ᵀ, for `backward`.
@@ -51,11 +56,22 @@ def product(
     turned = x.new_empty(_up(rank, _TILE), _up(n, _DEPTH))
     layer = w, tile_product.by_column(w)
     room = _thin(n, k, m, rank, like=x), *tile_product.scratch(n, k, like=x)
-    sizes = n, k, m, rank
-    compiled.call(
-        "adapted_product", x, out, x, low.contiguous(), *layer, a, b, bias, turned, *room, *sizes, float(scale)
-    )
+    given = out, x, low.contiguous(), *layer, a, b, bias, gate, gated, turned, *room
+    compiled.call("adapted_product", x, *given, n, k, m, rank, float(scale))
     return turned
+
+
+class Gated(NamedTuple):
+    """Of what a layer read, SiLU(gate) · up: the two; where it is to be written again; and where their gradients are.
+
+    All (n, k) and contiguous.
+    """
+
+    gate: torch.Tensor
+    up: torch.Tensor
+    product: torch.Tensor
+    in_gate: torch.Tensor
+    in_up: torch.Tensor
 
 
 def backward(
@@ -68,14 +84,20 @@ def backward(
     scale: float,
     dx: torch.Tensor | None,
     dlow: torch.Tensor | None = None,
+    *,
+    more: bool = False,
+    gated: Gated | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The gradients of A, where there is `low`, and of B, where there is `turned`, in float32.
 
     Args:
         grad: (n, m), `out`'s.
-        low, w, turned, a, b, scale: what `product` was given, and has returned; no w without dx.
+        low, w, turned, a, b, scale: what `product` was given, and has returned; w wherever there is dx or `gated`.
         dx: (n, k), contiguous, or None: becomes the gradient of x, and of `low` too unless that has its own.
         dlow: the same for `low`, where it is not x.
+        more: the gradient is added to what dx is.
+        gated: where the layer read this: instead of dx, the gradients of what it was made of; `low` is its product,
+            which need not be there yet.
     """
     (n, m), (rank, k) = grad.shape, a.shape
     grad = grad.contiguous()
@@ -85,14 +107,15 @@ def backward(
     layer = w, 0 if w is None else tile_product.by_column(w)
     room = _thin(n, k, m, rank, like=grad), *tile_product.scratch(n, m, like=grad)
     parts = a.new_empty(torch.get_num_threads() * _up(rank, _TILE) * (k + m))
-    given = grad, low, *layer, turned, a, b, dx, dlow, da, db, *room, parts
+    then = more, *(gated or (None,) * 5)
+    given = grad, low, *layer, turned, a, b, dx, dlow, *then, da, db, *room, parts
     compiled.call("adapted_product_backward", grad, *given, n, k, m, rank, float(scale))
     return da, db
 
 
 def _thin(n: int, k: int, m: int, rank: int, *, like: torch.Tensor) -> torch.Tensor:
     """Memory for what has a column for each rank."""
-    return like.new_empty((_up(n, _DEPTH) + k + m) * _up(rank, _DEPTH))
+    return like.new_empty((2 * _up(n, _DEPTH) + k + m) * _up(rank, _DEPTH))
 
 
 def _up(number: int, to: int) -> int:

@@ -105,7 +105,7 @@ void silu_gate(int type, const void *gate, const void *up, void *y, int64_t coun
         int64_t n = MIN(PIECE, count - i);
         const float *restrict g = read(type, gate, i, n, a), *restrict u = read(type, up, i, n, b);
         float *restrict out = place(type, y, i, c);
-        for (int64_t j = 0; j < n; j++) out[j] = g[j] * u[j] * sigmoid(g[j]);
+        opened(g, u, out, n);
         put(type, y, i, n, out);
     }
 }
@@ -114,16 +114,12 @@ void silu_gate_backward(int type, const void *grad, const void *gate, const void
                         int64_t count, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < count; i += PIECE) {
-        float a[PIECE], b[PIECE], c[PIECE], d[PIECE], e[PIECE];
+        float a[PIECE], b[PIECE], c[PIECE], d[PIECE], e[PIECE], unused[PIECE];
         int64_t n = MIN(PIECE, count - i);
         const float *restrict t = read(type, grad, i, n, a), *restrict g = read(type, gate, i, n, b);
         const float *restrict u = read(type, up, i, n, c);
         float *restrict in_gate = place(type, dgate, i, d), *restrict in_up = place(type, dup, i, e);
-        for (int64_t j = 0; j < n; j++) {
-            float opened = sigmoid(g[j]);
-            in_gate[j] = t[j] * u[j] * opened * (1.0f + g[j] * (1.0f - opened));
-            in_up[j] = t[j] * g[j] * opened;
-        }
+        opened_backward(t, g, u, in_gate, in_up, unused, n);
         put(type, dgate, i, n, in_gate);
         put(type, dup, i, n, in_up);
     }

@@ -100,6 +100,22 @@ static inline float reciprocal(float d) {
 
 static inline float sigmoid(float x) { return reciprocal(1.0f + power(-x)); }
 
+/* y = SiLU(gate) up. */
+static inline void opened(const float *restrict gate, const float *restrict up, float *restrict y, int64_t n) {
+    for (int64_t j = 0; j < n; j++) y[j] = gate[j] * up[j] * sigmoid(gate[j]);
+}
+
+/* The gradients of both, of y's; and y. */
+static inline void opened_backward(const float *restrict grad, const float *restrict gate, const float *restrict up,
+                                   float *restrict in_gate, float *restrict in_up, float *restrict y, int64_t n) {
+    for (int64_t j = 0; j < n; j++) {
+        float share = sigmoid(gate[j]), open = gate[j] * share;
+        in_gate[j] = grad[j] * up[j] * share * (1.0f + gate[j] * (1.0f - share));
+        in_up[j] = grad[j] * open;
+        y[j] = up[j] * open;
+    }
+}
+
 /* The largest of n numbers and `most`, NaN if one is: as whole numbers in their order, which compilers make vectors of. */
 static inline float largest(const float *x, int64_t n, float most) {
     int32_t found, bits;

@@ -61,15 +61,46 @@ static inline void store_sums(float (*sums)[DEPTH]) {
     _tile_stored(3, sums[TILE] + TILE, 128);
 }
 
-/* y = sums + bias of `count` rows. */
-static inline void write_sums(float (*sums)[DEPTH], const bf16 *bias, bf16 *y, int64_t m, int64_t count) {
-    __m512i added = bias ? _mm512_loadu_si512(bias) : _mm512_setzero_si512();
-    __m512 left = widened(_mm512_castsi512_si256(added)), right = widened(_mm512_extracti64x4_epi64(added, 1));
-    for (int64_t r = 0; r < count; r++) {
+static inline __m512 first_half(__m512i x) { return widened(_mm512_castsi512_si256(x)); }
+
+static inline __m512 second_half(__m512i x) { return widened(_mm512_extracti64x4_epi64(x, 1)); }
+
+/* Asks for a block of x, or nothing of NULL: its rows are far from each other, and no processor foresees them. */
+static inline void fetch(const bf16 *x, int64_t at, int64_t m, int64_t count) {
+    for (int64_t r = 0; r < count && x; r++) __builtin_prefetch(x + at + r * m, 1);
+}
+
+/* y = sums + bias, or y += both. */
+static inline void write_sums(product p, float (*sums)[DEPTH], int64_t at, int64_t count) {
+    __m512i bias = p.bias ? _mm512_loadu_si512(p.bias + at % p.m) : _mm512_setzero_si512();
+    __m512 left = first_half(bias), right = second_half(bias);
+    for (int64_t r = 0; r < count; r++, at += p.m) {
         __m512 first = _mm512_add_ps(_mm512_load_ps(sums[r]), left);
         __m512 second = _mm512_add_ps(_mm512_load_ps(sums[r] + TILE), right);
+        if (p.then.more) {
+            __m512i old = _mm512_loadu_si512(p.y + at);
+            first = _mm512_add_ps(first, first_half(old));
+            second = _mm512_add_ps(second, second_half(old));
+        }
         __m512bh both = _mm512_cvtne2ps_pbh(second, first);
-        memcpy(y + r * m, &both, 64);
+        memcpy(p.y + at, &both, 64);
+    }
+}
+
+/* What else they become, where there is a gate. */
+static inline void write_gated(product p, float (*sums)[DEPTH], int64_t at, int64_t count) {
+    float gate[DEPTH], up[DEPTH], gated[DEPTH], in_gate[DEPTH], in_up[DEPTH];
+    for (int64_t r = 0; r < count; r++, at += p.m) {
+        read(BFLOAT16, p.then.gate, at, DEPTH, gate);
+        read(BFLOAT16, p.then.up ? p.then.up : p.y, at, DEPTH, up);
+        if (p.then.up) {
+            opened_backward(sums[r], gate, up, in_gate, in_up, gated, DEPTH);
+            put(BFLOAT16, p.then.in_gate, at, DEPTH, in_gate);
+            put(BFLOAT16, p.then.in_up, at, DEPTH, in_up);
+        } else {
+            opened(gate, up, gated, DEPTH);
+        }
+        put(BFLOAT16, p.then.gated, at, DEPTH, gated);
     }
 }
 
@@ -82,6 +113,7 @@ void multiply_frozen(product p) {
     int64_t parts = (mine + p.most - 1) / p.most, terms = p.k / DEPTH, deep = (terms + p.pieces - 1) / p.pieces * DEPTH;
     bf16 *packed = p.scratch + THREAD * p.most * DEPTH * (deep + (p.pieces > 1 ? 2 * blocks * DEPTH : 0));
     float(*all)[DEPTH] = (float(*)[DEPTH])(packed + p.most * DEPTH * deep), one[DEPTH][DEPTH] ALIGNED;
+    const bf16 *touched[] = {p.then.up ? NULL : p.y, p.then.gate, p.then.up, p.then.gated, p.then.in_gate, p.then.in_up};
     for (int64_t part = 0; part < parts; part++) {
         int64_t from = first + share(mine, part, parts), to = first + share(mine, part + 1, parts);
         for (int64_t piece = 0; piece < p.pieces; piece++) {
@@ -95,8 +127,8 @@ void multiply_frozen(product p) {
                 if (count < DEPTH) configure(MIN(TILE, count), MAX(1, count - TILE));
                 for (int64_t panel = from; panel < to; panel++) {
                     float(*sums)[DEPTH] = p.pieces == 1 ? one : all + (i - top) * (to - from) + (panel - from) * DEPTH;
-                    bf16 *y = p.y + i * p.m + panel * DEPTH;
-                    for (int64_t r = 0; r < count && last; r++) __builtin_prefetch(y + r * p.m, 1);
+                    int64_t at = i * p.m + panel * DEPTH;
+                    for (int each = 0; each < 6 && last; each++) fetch(touched[each], at, p.m, count);
                     if (piece)
                         load_sums(sums);
                     else
@@ -106,7 +138,8 @@ void multiply_frozen(product p) {
                     if (last)
                         add_tiles(p.thin + i * p.room, p.thin + below * p.room, p.room, p.room, f, f + p.room * TILE, PACKED);
                     store_sums(sums);
-                    if (last) write_sums(sums, p.bias ? p.bias + panel * DEPTH : NULL, y, p.m, count);
+                    if (last && !p.then.up) write_sums(p, sums, at, count);
+                    if (last && p.then.gate) write_gated(p, sums, at, count);
                 }
             }
         }
@@ -121,7 +154,7 @@ void tile_product(int type, bf16 *y, const bf16 *x, const bf16 *w, int64_t turne
     {
         configuration others;
         _tile_storeconfig(&others);
-        multiply_frozen((product){y, x, w, turned, scratch, most, pieces, bias, NULL, NULL, 0, n, k, m});
+        multiply_frozen((product){y, x, w, turned, scratch, most, pieces, bias, NULL, NULL, 0, n, k, m, {0}});
         _tile_loadconfig(&others);
     }
 }

@@ -21,11 +21,16 @@ _LEAST_ROWS = 64
 
 def serves(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
     """Whether `product` takes x (n, k), w (k, m), and bias (m)."""
-    if x.dtype != torch.bfloat16 or not compiled.serves(x) or not compiled.multiplies_tiles():
+    if not works(x):
         return False
     alike = w.dtype == x.dtype and (bias is None or bias.dtype == x.dtype) and compiled.serves(w)
     in_piece = x.is_contiguous() and (w.is_contiguous() or w.T.is_contiguous())
     return alike and in_piece and w.shape[0] % _DEPTH == w.shape[1] % _DEPTH == 0 and len(x) >= _LEAST_ROWS
+
+
+def works(x: torch.Tensor) -> bool:
+    """Whether x is of the kind that these functions multiply, and this machine has them."""
+    return x.dtype == torch.bfloat16 and compiled.serves(x) and compiled.multiplies_tiles()
 
 
 def product(

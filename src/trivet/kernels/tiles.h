@@ -82,6 +82,14 @@ static inline void transpose(const void *x, int64_t ldx, void *y, int64_t ldy) {
     }
 }
 
+/* What a product's sums become, beside y = sums. With `more`: y += sums. With `gate`: y = sums, gated = SiLU(gate) y. With
+ * `up` too: the sums are gated's gradient; in_gate, in_up and gated are written, and y is not. All are (n x m). */
+typedef struct {
+    int64_t more;
+    const bf16 *gate, *up;
+    bf16 *gated, *in_gate, *in_up;
+} after;
+
 /* y (n x m) = x (n x k) w + thin (n x room) f + bias, which may be NULL. w lies in memory as (k x m), or `turned` as
  * (m x k); f is packed. `thin` has as many rows as n rounded up to DEPTH, and `room`, which may be 0, is a multiple of DEPTH.
  * The sums come in `pieces` of their terms, and `most` panels of DEPTH columns at a time: `scratch` has room for what each
@@ -94,6 +102,7 @@ typedef struct {
     int64_t most, pieces;
     const bf16 *bias, *thin, *f;
     int64_t room, n, k, m;
+    after then;
 } product;
 
 /* Computes it; all threads of a team call this (`tile_product.c`), and each leaves its tiles set up. */
