@@ -237,3 +237,16 @@ def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     attention.attention(q[:, :, 32:], k, v, causal=True)
     attention.attention(q, k, v, torch.ones(64, 64, dtype=torch.bool).tril_())
     assert len(calls) == 3
+
+
+def test_rows_are_found_once_for_all_layers_and_again_where_the_mask_has_changed() -> None:
+    q, k = torch.zeros(2, 1, 5, 8), torch.zeros(2, 1, 5, 8)
+    mask = (torch.arange(5) < torch.tensor([[3], [5]]))[:, None, None].repeat(1, 1, 1, 1)
+    first = rows_of(q, k, mask, causal=False)
+    assert first is not None and first is rows_of(q, k, mask, causal=False)
+    assert first is not rows_of(q[:, :, :4], k, mask, causal=False)
+    mask[0, ..., 3] = True
+    changed = rows_of(q, k, mask, causal=False)
+    assert changed is not None and changed[:, 3].tolist() == [4, 5] and first[:, 3].tolist() == [3, 5]
+    mask[0, ..., 0] = False
+    assert rows_of(q, k, mask, causal=False) is None

@@ -55,8 +55,8 @@ def product(
     (n, k), (m, rank) = x.shape, b.shape
     turned = x.new_empty(_up(rank, _TILE), _up(n, _DEPTH))
     layer = w, tile_product.by_column(w)
-    room = _thin(n, k, m, rank, like=x), *tile_product.scratch(n, k, like=x)
-    given = out, x, low.contiguous(), *layer, a, b, bias, gate, gated, turned, *room
+    memory = tile_product.scratch(n, k, like=x, more=_thin(n, k, m, rank))
+    given = out, x, low.contiguous(), *layer, a, b, bias, gate, gated, turned, *memory
     compiled.call("adapted_product", x, *given, n, k, m, rank, float(scale))
     return turned
 
@@ -105,17 +105,17 @@ def backward(
     db = None if turned is None else torch.empty_like(b)
     low = None if low is None else low.contiguous()
     layer = w, 0 if w is None else tile_product.by_column(w)
-    room = _thin(n, k, m, rank, like=grad), *tile_product.scratch(n, m, like=grad)
+    memory = tile_product.scratch(n, m, like=grad, more=_thin(n, k, m, rank))
     parts = a.new_empty(torch.get_num_threads() * _up(rank, _TILE) * (k + m))
     then = more, *(gated or (None,) * 5)
-    given = grad, low, *layer, turned, a, b, dx, dlow, *then, da, db, *room, parts
+    given = grad, low, *layer, turned, a, b, dx, dlow, *then, da, db, *memory, parts
     compiled.call("adapted_product_backward", grad, *given, n, k, m, rank, float(scale))
     return da, db
 
 
-def _thin(n: int, k: int, m: int, rank: int, *, like: torch.Tensor) -> torch.Tensor:
-    """Memory for what has a column for each rank."""
-    return like.new_empty((2 * _up(n, _DEPTH) + k + m) * _up(rank, _DEPTH))
+def _thin(n: int, k: int, m: int, rank: int) -> int:
+    """How many numbers of 16 bits there are that have a column for each rank."""
+    return (2 * _up(n, _DEPTH) + k + m) * _up(rank, _DEPTH)
 
 
 def _up(number: int, to: int) -> int:

@@ -9,7 +9,8 @@ of long rows in float64. `trivet.kernels.compiled` says which tensors these func
 from __future__ import annotations
 
 import ctypes
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -118,6 +119,7 @@ def dropout(x: torch.Tensor, p: float, seed: int, kept: float) -> torch.Tensor:
 
 #: Numbers of a head.
 WIDEST = 1024
+_Made = TypeVar("_Made")
 #: Of native.c, where COLUMNS are 16 or 32, and of tile_attention.c.
 _COLUMNS, _QUERIES, _SEGMENT = 32, 32, 128
 
@@ -171,11 +173,29 @@ def tiled(query: torch.Tensor) -> bool:
     return query.dtype == torch.bfloat16 and query.shape[-1] % _COLUMNS == 0 and multiplies_tiles()
 
 
+def extent(rows: torch.Tensor) -> tuple[int, int]:
+    """The most keys that a row sees, and the most that lie before a causal one."""
+    return once(rows, "extent", rows._version, lambda: _extent(rows))
+
+
+def _extent(rows: torch.Tensor) -> tuple[int, int]:
+    return int((rows[:, 3] + rows[:, 4]).max()), int((rows[:, 3] * (rows[:, 4] > 0)).max())
+
+
+def once(x: torch.Tensor, name: str, state: object, make: Callable[[], _Made]) -> _Made:
+    """`make()`, which stays with x under a name for the next layer that asks in the same state."""
+    known = getattr(x, name, None)
+    if known is None or known[0] != state:
+        known = state, make()
+        setattr(x, name, known)
+    return known[1]
+
+
 def _sizes(
     query: torch.Tensor, key: torch.Tensor, rows: torch.Tensor, weights: Weights, *, backward: bool
 ) -> tuple[bool, ctypes.Array[ctypes.c_int64], torch.Tensor]:
     """Whether it is done in tiles, what the C functions have to know, and memory for their threads."""
-    most, before = int((rows[:, 3] + rows[:, 4]).max()), int((rows[:, 3] * (rows[:, 4] > 0)).max())
+    most, before = extent(rows)
     keys, width = (-(-n // _COLUMNS) * _COLUMNS for n in (most, query.shape[-1]))
     in_tiles = tiled(query)
     if in_tiles:  # in float32 numbers: of all keys, of a block of queries and of a segment

@@ -34,12 +34,15 @@ def serves(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: to
     tiled = native.tiled(query)
     most = _LARGE_TILED if tiled else _LARGE if multiplied(query) else _LARGE_ELSE
     pieces = (_PIECES_TILED if tiled else _PIECES) * torch.get_num_threads()
-    longest = int((rows[:, 3] + rows[:, 4]).max())
-    return longest * width <= most and len(rows) * key.shape[1] >= pieces
+    return native.extent(rows)[0] * width <= most and len(rows) * key.shape[1] >= pieces
 
 
 def rows_between(borders: torch.Tensor) -> torch.Tensor:
     """Causal `rows` that lie behind each other: where each begins, and where the last ends; all see what is before."""
+    return native.once(borders, "rows", borders._version, lambda: _rows_between(borders))
+
+
+def _rows_between(borders: torch.Tensor) -> torch.Tensor:
     shared, lengths = borders[0], borders.diff()
     zero = torch.zeros_like(lengths)
     rows = torch.stack([zero, borders[:-1], lengths, shared.expand_as(lengths), lengths], 1).long()
@@ -55,6 +58,13 @@ def rows_of(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, *
     if causal:
         whole = queries == keys and mask is None
         return torch.tensor([[place, 0, keys, 0, keys] for place in range(batch)]) if whole else None
+    if mask is None:
+        return _rows_of(batch, queries, keys, None)
+    sizes = batch, queries, keys, mask._version
+    return native.once(mask, "rows", sizes, lambda: _rows_of(batch, queries, keys, mask))
+
+
+def _rows_of(batch: int, queries: int, keys: int, mask: torch.Tensor | None) -> torch.Tensor | None:
     if mask is None:
         seen = torch.full((batch,), keys)
     else:

@@ -54,10 +54,14 @@ def by_column(w: torch.Tensor) -> int:
     return int(w.stride(0) == 1)
 
 
-def scratch(n: int, k: int, *, like: torch.Tensor) -> tuple[torch.Tensor, int, int]:
-    """What a product of (n, k) needs: memory, how many panels a thread packs at a time, and pieces of each sum."""
+def scratch(n: int, k: int, *, like: torch.Tensor, more: int = 0) -> tuple[torch.Tensor, int, int]:
+    """What a product of (n, k) needs: memory, how many panels a thread packs at a time, and pieces of each sum.
+
+    Args:
+        more: as many numbers in the memory, before what the product needs.
+    """
     pieces = -(-k // _TERMS)
     terms = -(-k // _DEPTH // pieces) * _DEPTH
     most = max(1, _ROOM // (2 * terms * _DEPTH))
     sums = 0 if pieces == 1 else 2 * -(-n // _DEPTH) * _DEPTH
-    return like.new_empty(torch.get_num_threads() * most * _DEPTH * (terms + sums)), most, pieces
+    return like.new_empty(more + torch.get_num_threads() * most * _DEPTH * (terms + sums)), most, pieces
