@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from trivet.kernels import compiled, tile_product
+from trivet.kernels.heap import empty
 
 #: Of low_rank.c: what ranks, and ranks and rows, are rounded up to in its results.
 _TILE, _DEPTH = 16, 32
@@ -106,7 +107,7 @@ def backward(
     low = None if low is None else low.contiguous()
     layer = w, 0 if w is None else tile_product.by_column(w)
     memory = tile_product.scratch(n, m, like=grad, more=_thin(n, k, m, rank))
-    parts = a.new_empty(torch.get_num_threads() * _up(rank, _TILE) * (k + m))
+    parts = empty(torch.get_num_threads() * _up(rank, _TILE) * (k + m), like=a.detach())
     then = more, *(gated or (None,) * 5)
     given = grad, low, *layer, turned, a, b, dx, dlow, *then, da, db, *memory, parts
     compiled.call("adapted_product_backward", grad, *given, n, k, m, rank, float(scale))

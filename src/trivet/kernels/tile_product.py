@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from trivet.kernels import compiled
+from trivet.kernels.heap import empty
 
 #: Of tile_product.c: columns of a panel, which features have to be a multiple of.
 _DEPTH = 32
@@ -43,7 +44,7 @@ def product(
         out: (n, m), contiguous, where to put it.
     """
     n, k = x.shape
-    out = x.new_empty(n, w.shape[1]) if out is None else out
+    out = empty(n, w.shape[1], like=x) if out is None else out
     sizes = n, k, w.shape[1]
     compiled.call("tile_product", x, out, x, w, by_column(w), bias, *scratch(n, k, like=x), *sizes)
     return out
@@ -64,4 +65,4 @@ def scratch(n: int, k: int, *, like: torch.Tensor, more: int = 0) -> tuple[torch
     terms = -(-k // _DEPTH // pieces) * _DEPTH
     most = max(1, _ROOM // (2 * terms * _DEPTH))
     sums = 0 if pieces == 1 else 2 * -(-n // _DEPTH) * _DEPTH
-    return like.new_empty(more + torch.get_num_threads() * most * _DEPTH * (terms + sums)), most, pieces
+    return empty(more + torch.get_num_threads() * most * _DEPTH * (terms + sums), like=like), most, pieces
