@@ -101,7 +101,8 @@ _BASES = {nn.Linear: "weight", Conv1D: "weight", FourBitLinear: "like"}
 
 
 def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    of_backward = module._backward_hooks or module._backward_pre_hooks
+    return bool(module._forward_hooks or module._forward_pre_hooks or of_backward)
 
 
 def _replaced(base: nn.Module) -> bool:
