@@ -150,7 +150,7 @@ def test_what_one_function_does_not_have_is_computed_part_by_part(
 
 
 def test_short_rows_dropout_and_float32_are_computed_part_by_part(together: list[bool]) -> None:
-    results(fast(block()), inputs(rows=20))
+    results(fast(block()), inputs(rows=15))
     results(fast(block(lora_dropout=0.1)), inputs())
     results(fast(block(torch.float32)), inputs(dtype=torch.float32))
     assert not any(together)

@@ -40,7 +40,7 @@ def near(found: torch.Tensor | None, exact: torch.Tensor) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    n=st.one_of(st.integers(64, 300), st.sampled_from([513, 1000])),
+    n=st.one_of(st.integers(16, 300), st.sampled_from([513, 1000])),
     k=st.sampled_from([32, 64, 96, 160]),
     m=st.sampled_from([32, 64, 224]),
     rank=st.sampled_from([1, 2, 8, 16, 17, 32, 40, 128]),
@@ -152,7 +152,7 @@ def test_where_it_is_used() -> None:
     x, w, a, b, _ = inputs(64, 64, 96, 9)
     assert low_rank.serves(x, w, a, b)
     assert not low_rank.serves(x.float(), w, a, b) and not low_rank.serves(x, w.float(), a, b)
-    assert not low_rank.serves(x, w, a.bfloat16(), b) and not low_rank.serves(x[:20], w, a, b)
+    assert not low_rank.serves(x, w, a.bfloat16(), b) and not low_rank.serves(x[:15], w, a, b)
     assert not low_rank.serves(x, w, a.repeat(20, 1), b.repeat(1, 20))
     assert low_rank.serves(x, w, a, b, b[:, 0].bfloat16()) and not low_rank.serves(x, w, a, b, b[:, 0])
 

@@ -57,7 +57,9 @@ class FastLinear(MergingLinear):
     def gated(self, up: nn.Module, down: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
         """down(SiLU(self(x)) · up(x)), where one function has all of it (`adapter/gated.py`); else None."""
         layers: tuple[Any, ...] = self, up, down
-        if not tile_product.works(x) or not all(type(layer) is FastLinear and not _hooked(layer) for layer in layers):
+        if fast_gpu.wanted(x) or not tile_product.works(x):
+            return None
+        if not all(type(layer) is FastLinear and not _hooked(layer) for layer in layers):
             return None
         names = [layer._single(x, (), {}) for layer in layers]
         if None in names or any(layer._dropped(name) for layer, name in zip(layers, names, strict=True)):

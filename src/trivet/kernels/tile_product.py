@@ -16,8 +16,8 @@ from trivet.kernels.heap import empty
 _DEPTH = 32
 #: Bytes of weights that a thread packs at a time, half of a core's second cache, and the most terms of a sum.
 _ROOM, _TERMS = 2**20, 2048
-#: Fewer rows than that are not worth packing weights for.
-_LEAST_ROWS = 64
+#: Fewer rows than that are not worth packing weights for; level up to 64, but rounded as more rows are.
+_LEAST_ROWS = 16
 
 
 def serves(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
