@@ -154,6 +154,18 @@ static void fit(int64_t count) {
     if (count < DEPTH) configure(MIN(TILE, count), MAX(1, count - TILE));
 }
 
+/* thin = x fT of the rows from `start` to `end`, and turned; 0 in thin's columns behind the ranks. */
+static void find_thin_rows(const bf16 *x, int64_t k, int64_t start, int64_t end, const bf16 *f, int64_t rank, bf16 *thin,
+                           int64_t room, bf16 *turned, int64_t ld) {
+    memset(thin + start * room, 0, (end - start) * room * sizeof(bf16));
+    configure(TILE, TILE);
+    for (int64_t i = start; i < end; i += DEPTH) {
+        int64_t count = MIN(DEPTH, end - i);
+        fit(count);
+        find_thin(x + i * k, k, count, f, rank, thin + i * room, room, turned + i, ld);
+    }
+}
+
 /* y (n x m) = x (n x k) w + scale (low aT) bT + bias, with low (n x k), a (rank x k) and b (m x rank); w, `most` and `pieces` as
  * in `product`, and `gate` and `gated` as in `after`, or NULL. `turned` (rank rounded up to TILE x n rounded up to DEPTH)
  * becomes (low aT)T. `thin` has room for twice n rounded up to DEPTH, k and m numbers, each times the rank rounded up to
@@ -174,13 +186,7 @@ void adapted_product(int type, bf16 *y, const bf16 *x, const bf16 *low, const bf
         pack_for_sum((factor){b, 1, rank, rank, m, scale}, for_sum);
 #pragma omp barrier
         span mine = rows_of(n);
-        memset(thin + mine.start * room, 0, (mine.end - mine.start) * room * sizeof(bf16));
-        configure(TILE, TILE);
-        for (int64_t i = mine.start; i < mine.end; i += DEPTH) {
-            int64_t count = MIN(DEPTH, mine.end - i);
-            fit(count);
-            find_thin(low + i * k, k, count, for_thin, rank, thin + i * room, room, turned + i, ld);
-        }
+        find_thin_rows(low, k, mine.start, mine.end, for_thin, rank, thin, room, turned, ld);
 #pragma omp barrier
         multiply_frozen((product){y, x, w, by_column, scratch, most, pieces, bias, thin, for_sum, room, n, k, m, then});
         _tile_loadconfig(&others);
@@ -210,25 +216,19 @@ void adapted_product_backward(int type, const bf16 *g, const bf16 *low, const bf
 #pragma omp barrier
         span mine = rows_of(n);
         float *found = parts + THREAD * ranks * wide;
-        memset(thin + mine.start * room, 0, (mine.end - mine.start) * room * sizeof(bf16));
         if (mine.start == mine.end) memset(found, 0, ranks * wide * sizeof(float));
         for (int64_t i = mine.start; i < mine.end; i += CHUNK) {
             int64_t chunk = MIN(CHUNK, mine.end - i);
-            configure(TILE, TILE);
-            for (int64_t j = i; j < i + chunk; j += DEPTH) {
-                int64_t count = MIN(DEPTH, i + chunk - j);
-                fit(count);
-                find_thin(g + j * m, m, count, for_thin, rank, thin + j * room, room, turned_thin + j, ld);
-            }
+            find_thin_rows(g, m, i, i + chunk, for_thin, rank, thin, room, turned_thin, ld);
             configure(TILE, TILE);
             if (db) find_gradient(g + i * m, m, chunk, turned + i, ld, rank, found + k, wide, i > mine.start);
         }
 #pragma omp barrier
-        if ((dx || gate) && !dlow)
-            multiply_frozen((product){dx, g, w, !by_column, scratch, most, pieces, NULL, thin, for_sum, room, n, m, k, then});
-        if (dx && dlow) {
+        if (dlow) {
             multiply_frozen((product){dx, g, w, !by_column, scratch, most, pieces, NULL, NULL, NULL, 0, n, m, k, then});
             multiply_frozen((product){dlow, NULL, NULL, 0, scratch, k / DEPTH, 1, NULL, thin, for_sum, room, n, 0, k, {0}});
+        } else if (dx || gate) {
+            multiply_frozen((product){dx, g, w, !by_column, scratch, most, pieces, NULL, thin, for_sum, room, n, m, k, then});
         }
         if (gate) {
 #pragma omp barrier

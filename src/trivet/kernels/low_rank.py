@@ -15,9 +15,10 @@ import torch
 
 from trivet.kernels import compiled, tile_product
 from trivet.kernels.heap import empty
+from trivet.kernels.tile_product import DEPTH, up
 
-#: Of low_rank.c: what ranks, and ranks and rows, are rounded up to in its results.
-_TILE, _DEPTH = 16, 32
+#: Of tiles.h: what ranks are rounded up to in results.
+_TILE = 16
 #: Above so many ranks torch's own products are as fast.
 _MOST_RANKS = 128
 
@@ -54,7 +55,7 @@ def product(
         (low Aᵀ)ᵀ, for `backward`.
     """
     (n, k), (m, rank) = x.shape, b.shape
-    turned = x.new_empty(_up(rank, _TILE), _up(n, _DEPTH))
+    turned = x.new_empty(up(rank, _TILE), up(n, DEPTH))
     layer = w, tile_product.by_column(w)
     memory = tile_product.scratch(n, k, like=x, more=_thin(n, k, m, rank))
     given = out, x, low.contiguous(), *layer, a, b, bias, gate, gated, turned, *memory
@@ -107,7 +108,7 @@ def backward(
     low = None if low is None else low.contiguous()
     layer = w, 0 if w is None else tile_product.by_column(w)
     memory = tile_product.scratch(n, m, like=grad, more=_thin(n, k, m, rank))
-    parts = empty(torch.get_num_threads() * _up(rank, _TILE) * (k + m), like=a.detach())
+    parts = empty(torch.get_num_threads() * up(rank, _TILE) * (k + m), like=a.detach())
     then = more, *(gated or (None,) * 5)
     given = grad, low, *layer, turned, a, b, dx, dlow, *then, da, db, *memory, parts
     compiled.call("adapted_product_backward", grad, *given, n, k, m, rank, float(scale))
@@ -116,8 +117,4 @@ def backward(
 
 def _thin(n: int, k: int, m: int, rank: int) -> int:
     """How many numbers of 16 bits there are that have a column for each rank."""
-    return (2 * _up(n, _DEPTH) + k + m) * _up(rank, _DEPTH)
-
-
-def _up(number: int, to: int) -> int:
-    return -(-number // to) * to
+    return (2 * up(n, DEPTH) + k + m) * up(rank, DEPTH)

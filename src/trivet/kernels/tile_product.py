@@ -12,8 +12,8 @@ import torch
 from trivet.kernels import compiled
 from trivet.kernels.heap import empty
 
-#: Of tile_product.c: columns of a panel, which features have to be a multiple of.
-_DEPTH = 32
+#: Of tiles.h: columns of a panel, which features have to be a multiple of.
+DEPTH = 32
 #: Bytes of weights that a thread packs at a time, half of a core's second cache, and the most terms of a sum.
 _ROOM, _TERMS = 2**20, 2048
 #: Fewer rows than that are not worth packing weights for; level up to 64, but rounded as more rows are.
@@ -26,7 +26,7 @@ def serves(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -
         return False
     alike = w.dtype == x.dtype and (bias is None or bias.dtype == x.dtype) and compiled.serves(w)
     in_piece = x.is_contiguous() and (w.is_contiguous() or w.T.is_contiguous())
-    return alike and in_piece and w.shape[0] % _DEPTH == w.shape[1] % _DEPTH == 0 and len(x) >= _LEAST_ROWS
+    return alike and in_piece and w.shape[0] % DEPTH == w.shape[1] % DEPTH == 0 and len(x) >= _LEAST_ROWS
 
 
 def works(x: torch.Tensor) -> bool:
@@ -62,7 +62,12 @@ def scratch(n: int, k: int, *, like: torch.Tensor, more: int = 0) -> tuple[torch
         more: as many numbers in the memory, before what the product needs.
     """
     pieces = -(-k // _TERMS)
-    terms = -(-k // _DEPTH // pieces) * _DEPTH
-    most = max(1, _ROOM // (2 * terms * _DEPTH))
-    sums = 0 if pieces == 1 else 2 * -(-n // _DEPTH) * _DEPTH
-    return empty(more + torch.get_num_threads() * most * _DEPTH * (terms + sums), like=like), most, pieces
+    terms = up(-(-k // pieces), DEPTH)
+    most = max(1, _ROOM // (2 * terms * DEPTH))
+    sums = 0 if pieces == 1 else 2 * up(n, DEPTH)
+    return empty(more + torch.get_num_threads() * most * DEPTH * (terms + sums), like=like), most, pieces
+
+
+def up(number: int, to: int) -> int:
+    """The next multiple of `to`."""
+    return -(-number // to) * to
