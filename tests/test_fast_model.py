@@ -15,13 +15,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 import trivet.fast
+import trivet.fast_attention
 from conftest import losses_of, tiny_model
 from test_head import batch_of, language_model, split
 from trivet import attach
 from trivet.adapter.fast import FastLinear
 from trivet.adapter.layers import adapted_layers
 from trivet.data.batch import Collator
-from trivet.fast import ATTENTION, speed_up
+from trivet.fast import speed_up
+from trivet.fast_attention import ATTENTION
 from trivet.kernels.dropout import dropout
 from trivet.loss import token_losses, training_loss
 
@@ -116,8 +118,8 @@ def test_the_faster_parts_are_in_use(kind: str, monkeypatch: pytest.MonkeyPatch)
     fast, plain = pair(kind)
     calls = dict.fromkeys(("attention", "rms_norm", "layer_norm", "activate", "silu_gate", "rotate"), 0)
 
-    def counted(name: str) -> Any:
-        own = getattr(trivet.fast, name)
+    def counted(place: Any, name: str) -> Any:
+        own = getattr(place, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             calls[name] += 1
@@ -126,7 +128,8 @@ def test_the_faster_parts_are_in_use(kind: str, monkeypatch: pytest.MonkeyPatch)
         return call
 
     for name in calls:
-        monkeypatch.setattr(trivet.fast, name, counted(name))
+        place = trivet.fast_attention if name == "attention" else trivet.fast
+        monkeypatch.setattr(place, name, counted(place, name))
     for model in (plain, fast):
         batch, labels = data(model)
         training_loss(model, batch, labels, task=task(kind))
@@ -327,14 +330,14 @@ def heads(queries: int, keys: int) -> list[torch.Tensor]:
 def test_attention_as_transformers_calls_it(queries: int, keys: int, causal: bool, scaling: float | None) -> None:
     """With keys from a cache, too, where causal means something else."""
     qkv, options = heads(queries, keys), {"scaling": scaling, "is_causal": causal}
-    found, _ = trivet.fast._attend(torch.nn.Module(), *qkv, None, **options)
+    found, _ = trivet.fast_attention._attend(torch.nn.Module(), *qkv, None, **options)
     wanted, _ = sdpa_attention_forward(torch.nn.Module(), *qkv, None, **options)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_packed_attention_is_that_of_each_row() -> None:
     qkv, borders = heads(9, 9), torch.tensor([0, 4, 9, 9])
-    found, _ = trivet.fast._attend(torch.nn.Module(), *qkv, None, scaling=0.2, cu_seq_lens_q=borders)
+    found, _ = trivet.fast_attention._attend(torch.nn.Module(), *qkv, None, scaling=0.2, cu_seq_lens_q=borders)
     rows = [[t[:, :, i:j] for t in qkv] for i, j in ((0, 4), (4, 9))]
     wanted = [sdpa_attention_forward(torch.nn.Module(), *row, None, scaling=0.2, is_causal=True)[0] for row in rows]
     torch.testing.assert_close(found, torch.cat(wanted, 1), rtol=1e-5, atol=1e-6)

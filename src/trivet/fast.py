@@ -1,5 +1,6 @@
 """Replaces parts of a transformers model by faster or leaner ones that compute the same: norms, activations and rotary
-positions; on CPUs attention, dropout, and frozen linear layers where the processor is slow at torch's products.
+positions; on CPUs attention, dropout, frozen linear layers where the processor is slow at torch's products, and whole
+decoder layers (`trivet.fast_decoder`).
 
 Nothing is replaced on faith. Every part is compared with the model's own before it is used; what is not known stays.
 """
@@ -14,25 +15,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.activations import ACT2CLS
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
+from trivet.fast_attention import ATTENTION
+from trivet.fast_decoder import decoder_forward
 from trivet.fast_dropout import calls_dropout, dropout_layer, with_fast_dropout
+from trivet.fast_modules import eps
 from trivet.kernels.activation import ACTIVATIONS, Activation, activate
-from trivet.kernels.attention import attention
 from trivet.kernels.fused import fuses
 from trivet.kernels.gate import silu_gate
-from trivet.kernels.gather import Padded, Unpadded
 from trivet.kernels.norm import layer_norm, rms_norm
-from trivet.kernels.product import improves, linear, widens
+from trivet.kernels.product import improves, linear
 from trivet.kernels.rotation import rotate
-from trivet.kernels.row_attention import row_attention, rows_between, serves
-
-#: What the attention is called in transformers' table.
-ATTENTION = "trivet"
 
 
 def speed_up(model: Any) -> None:
@@ -40,7 +35,7 @@ def speed_up(model: Any) -> None:
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(ATTENTION)
     for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm") and _eps(module) is not None and _is_rms_norm(module):
+        if type(module).__name__.endswith("RMSNorm") and eps(module) is not None and _is_rms_norm(module):
             module.forward = types.MethodType(fused_norm, module)
         elif type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
             module.forward = types.MethodType(_layer_norm, module)  # type: ignore[method-assign]
@@ -56,72 +51,16 @@ def speed_up(model: Any) -> None:
             module.forward = types.MethodType(dropout_layer, module)  # type: ignore[method-assign]
         elif calls_dropout(module):
             module.forward = types.MethodType(with_fast_dropout(type(module).forward), module)
-
-
-def _attend(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """transformers' signature. On GPUs, where an argument is unknown, and mostly without gradient, its own SDPA."""
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    causal = causal and attention_mask is None and query.shape[2] > 1
-    learned = attention_mask is not None and attention_mask.requires_grad
-    wanted = torch.is_grad_enabled() or (widens(query) and query.shape[2] > 1)
-    ours = query.device.type == "cpu" and wanted and not learned
-    if not ours or kwargs.get("position_bias") is not None or (causal and query.shape[2] != key.shape[2]):
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
-        )
-    borders = kwargs.get("cu_seq_lens_q")
-    if borders is not None and len(query) == 1 and _says_no_more(attention_mask, borders):
-        return _packed(query, key, value, borders, scaling, dropout), None
-    return attention(query, key, value, attention_mask, causal=causal, scale=scaling, dropout=dropout), None
-
-
-def _says_no_more(mask: torch.Tensor | None, borders: torch.Tensor) -> bool:
-    """Whether a mask only keeps rows apart and is causal: that of a sliding window hides more."""
-    shared, lengths = int(borders[0]), borders.diff().long()
-    seen = int((lengths * (shared * 2 + lengths + 1)).sum() + shared * (shared + 1)) // 2
-    return mask is None or int(torch.count_nonzero(mask)) == seen
-
-
-def _packed(query: Any, key: Any, value: Any, borders: torch.Tensor, scale: float | None, dropout: float) -> Any:
-    """Causal attention within rows that lie behind each other: by C, or each to itself in a padded batch, and back.
-
-    What lies before the first row is the beginning of all of them: see `trivet.data.batch.Collator`.
-    """
-    rows = rows_between(borders)
-    if serves(query, key, value, rows):
-        return row_attention(query, key, value, rows, scale, dropout)
-    shared, lengths = int(borders[0]), borders.diff().long()
-    inside = torch.arange(int(lengths.max())) < lengths[:, None]
-    places = torch.where(inside, borders[:-1, None] + torch.arange(inside.shape[1]), 0)
-    kept = inside.flatten().nonzero()[:, 0]
-    q, k, v = (Padded.apply(t[0], places, kept).transpose(0, 1) for t in (query, key, value))
-    if not shared:
-        return Unpadded.apply(attention(q, k, v, causal=True, scale=scale, dropout=dropout), kept)[None]
-    first, *beginning = (t[:, :, :shared] for t in (query, key, value))
-    k, v = (torch.cat([t.expand(len(q), -1, -1, -1), own], 2) for t, own in zip(beginning, (k, v), strict=True))
-    own = Unpadded.apply(attention(q, k, v, causal=True, scale=scale, dropout=dropout), kept)[None]
-    return torch.cat([attention(first, *beginning, causal=True, scale=scale, dropout=dropout), own], 1)
-
-
-AttentionInterface.register(ATTENTION, _attend)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    for module in model.modules():  # of parts that are replaced by now
+        if (whole := decoder_forward(module, fused_norm, _gated)) is not None:
+            module.forward = types.MethodType(whole, module)
 
 
 def fused_norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     """The forward pass of an RMS norm that was replaced."""
     if not _learns(hidden_states) or self.weight.requires_grad:
         return type(self).forward(self, hidden_states)
-    return rms_norm(hidden_states, self.weight, _eps(self))
+    return rms_norm(hidden_states, self.weight, eps(self))
 
 
 def _layer_norm(self: nn.LayerNorm, input: torch.Tensor) -> torch.Tensor:
@@ -147,11 +86,6 @@ def frozen_linear(self: Any, input: torch.Tensor) -> torch.Tensor:
     return linear(input, self.weight.T if isinstance(self, Conv1D) else self.weight, self.bias)
 
 
-def _eps(norm: Any) -> Any:
-    """The norm's epsilon, by whichever name it has it; None where it has none."""
-    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-
-
 @torch.no_grad()
 def _is_rms_norm(module: nn.Module) -> bool:
     """Whether the module computes what `rms_norm` does (some multiply by 1 + weight)."""
@@ -159,7 +93,7 @@ def _is_rms_norm(module: nn.Module) -> bool:
     if not isinstance(weight, nn.Parameter) or weight.requires_grad or weight.device.type not in ("cpu", "cuda"):
         return False  # FalconMamba's norms without weights have a buffer called so, of another size than what they norm
     x = _drawn(weight, 4, len(weight))
-    return _close(module(x), rms_norm(x, weight, _eps(module)))
+    return _close(module(x), rms_norm(x, weight, eps(module)))
 
 
 def _drawn(like: torch.Tensor, *shape: int) -> torch.Tensor:
@@ -228,7 +162,7 @@ def _gated(self: Any, x: torch.Tensor) -> torch.Tensor:
     if not _learns(x):
         return type(self).forward(self, x)
     together = getattr(type(self.gate_proj), "gated", None)  # an adapted layer's
-    found = None if together is None else together(self.gate_proj, self.up_proj, self.down_proj, x)
+    found = None if together is None else together(x, (self.gate_proj, self.up_proj, self.down_proj))
     return self.down_proj(silu_gate(self.gate_proj(x), self.up_proj(x))) if found is None else found
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trivet.kernels import attention, compiled, native, product, row_attention
-from trivet.kernels.row_attention import rows_between, rows_of, serves
+from trivet.kernels.row_attention import rows_between, serves
 
 pytestmark = pytest.mark.skipif(compiled.compiler() is None, reason="no C compiler is on this machine")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -26,6 +26,10 @@ def inputs(
     k = draw(batch, tokens, key_heads, width, seed=seed + 1, dtype=dtype).transpose(1, 2)
     v = draw(batch, tokens, key_heads, 2 * width, seed=seed + 2, dtype=dtype)[..., width:].transpose(1, 2)
     return [each.detach().requires_grad_() for each in (q, k, v)]
+
+
+def rows_of(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, *, causal: bool) -> torch.Tensor | None:
+    return row_attention.rows_of(len(q), q.shape[2], k.shape[2], mask, causal=causal)
 
 
 def seen(rows: torch.Tensor, batch: int, queries: int, keys: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ place, and dropout's choice is drawn again, not stored.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,8 +18,11 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from trivet.adapter import fast_gpu
-from trivet.adapter.gated import Adapted, adapted_gate
+from trivet.adapter.adapted import Adapted
+from trivet.adapter.decoder import adapted_decoder
+from trivet.adapter.gated import adapted_gate
 from trivet.fast import frozen_linear
+from trivet.fast_modules import hooked
 from trivet.four_bit import FourBitLinear
 from trivet.kernels import low_rank, tile_product
 from trivet.kernels.dropout import dropped
@@ -54,24 +58,25 @@ class FastLinear(MergingLinear):
             return fast_gpu.adapted(x, part.a, part.b, halves, part.weight, part.bias, *settings)
         return _AdaptedLinear.apply(x, part.a, part.b, part.weight, part.bias, *settings)
 
-    def gated(self, up: nn.Module, down: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-        """down(SiLU(self(x)) · up(x)), where one function has all of it (`adapter/gated.py`); else None."""
-        layers: tuple[Any, ...] = self, up, down
-        if fast_gpu.wanted(x) or not tile_product.works(x):
-            return None
-        if not all(type(layer) is FastLinear and not _hooked(layer) for layer in layers):
-            return None
-        names = [layer._single(x, (), {}) for layer in layers]
-        if None in names or any(layer._dropped(name) for layer, name in zip(layers, names, strict=True)):
-            return None
-        return adapted_gate(x, [layer._part(name) for layer, name in zip(layers, names, strict=True)])
+    @staticmethod
+    def gated(x: torch.Tensor, layers: Sequence[nn.Module]) -> torch.Tensor | None:
+        """`gated.adapted_gate` of such layers; None where it doesn't take them."""
+        parts = _plain_parts(x, layers)
+        return None if parts is None else adapted_gate(x, parts)
+
+    @staticmethod
+    def decoded(x: torch.Tensor, norms: Any, sight: Any, layers: Sequence[nn.Module]) -> torch.Tensor | None:
+        """`decoder.adapted_decoder` of such layers; None where it doesn't take them."""
+        parts = _plain_parts(x, layers)
+        return None if parts is None else adapted_decoder(x, norms, sight, parts)
 
     def _part(self, name: str) -> Adapted:
         parts: Any = self._modules  # a module's attributes are looked up slowly, and a model has hundreds of layers
         base = parts["base_layer"]
         a, b = parts["lora_A"]._modules[name].weight, parts["lora_B"]._modules[name].weight
         weight = base.weight_in if type(base) is FourBitLinear else base._parameters["weight"]
-        return Adapted(a, b, weight, base._parameters["bias"], self.scaling[name], type(base) is Conv1D)
+        learns = a.requires_grad, b.requires_grad
+        return Adapted(a, b, weight, base._parameters["bias"], self.scaling[name], type(base) is Conv1D, learns)
 
     def _dropped(self, name: str) -> float:
         dropout = self._modules["lora_dropout"]._modules[name]  # type: ignore[union-attr]
@@ -91,20 +96,29 @@ class FastLinear(MergingLinear):
             return None
         frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
         biased = getattr(parts["lora_B"]._modules[on[0]], "bias", None) is not None
-        hooked = _hooked(base) or _replaced(base)
+        changed = hooked(base) or _replaced(base)
         device = x.device.type
         able = torch.amp.is_autocast_available(device)  # not on the meta device
         cast = able and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != x.dtype
-        return None if not frozen or biased or hooked or cast else on[0]
+        return None if not frozen or biased or changed or cast else on[0]
 
 
 #: Layers that the fused pass knows, and the parameter that says in which type each computes.
 _BASES = {nn.Linear: "weight", Conv1D: "weight", FourBitLinear: "like"}
 
 
-def _hooked(module: nn.Module) -> bool:
-    of_backward = module._backward_hooks or module._backward_pre_hooks
-    return bool(module._forward_hooks or module._forward_pre_hooks or of_backward)
+def _plain_parts(x: torch.Tensor, layers: Sequence[Any]) -> list[Adapted] | None:
+    """The layers' parts, where larger functions take all of them: no hook, no dropout, and `low_rank` serves."""
+    if fast_gpu.wanted(x) or not tile_product.works(x):
+        return None
+    parts = []
+    rows = x.reshape(-1, x.shape[-1])
+    for layer in layers:
+        name = layer._single(x, (), {}) if type(layer) is FastLinear and not hooked(layer) else None
+        if name is None or layer._dropped(name):
+            return None
+        parts.append(layer._part(name))
+    return parts if all(part.serves(rows) for part in parts) else None
 
 
 def _replaced(base: nn.Module) -> bool:

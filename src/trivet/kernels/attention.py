@@ -53,7 +53,8 @@ def attention(
         (batch, queries, heads, width), contiguous: ready to be viewed as (batch, queries, features).
     """
     plain = mask is None and not causal and not dropout  # products are nearly all of it
-    rows = None if plain and multiplied(query) and not native.tiled(query) else rows_of(query, key, mask, causal=causal)
+    sizes = len(query), query.shape[2], key.shape[2]
+    rows = None if plain and multiplied(query) and not native.tiled(query) else rows_of(*sizes, mask, causal=causal)
     if rows is not None and serves(query, key, value, rows):
         return row_attention(query, key, value, rows, scale, dropout)
     if widens(query):

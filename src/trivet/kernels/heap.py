@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import threading
+from typing import Any
 
 import numpy as np
 import torch
 
 #: torch's tensors begin at a multiple of so many bytes, a cache line. Below `_LARGE` bytes its own memory does.
 _ALIGNMENT, _LARGE = 64, 2**18
+_workspaces = threading.local()
 
 
 def empty(*shape: int, like: torch.Tensor) -> torch.Tensor:
@@ -30,3 +33,16 @@ def empty(*shape: int, like: torch.Tensor) -> torch.Tensor:
     start = -block.__array_interface__["data"][0] % _ALIGNMENT
     flat = torch.frombuffer(block, dtype=like.dtype, count=math.prod(shape), offset=start)
     return flat.resize_(shape)  # in place: a view could not be changed in place where a function of autograd returns it
+
+
+def workspace(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Memory on the CPU for a C function while it runs: at least `count` numbers, not filled.
+
+    It is a thread's own, of which there is one for each type: the next call has the same. So it stays in cache, and no
+    function waits for memory of its own.
+    """
+    kept: Any = vars(_workspaces)
+    found = kept.get(dtype)
+    if found is None or len(found) < count:
+        found = kept[dtype] = empty(count, like=torch.empty(0, dtype=dtype))
+    return found

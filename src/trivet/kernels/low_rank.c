@@ -167,16 +167,16 @@ static void find_thin_rows(const bf16 *x, int64_t k, int64_t start, int64_t end,
 }
 
 /* y (n x m) = x (n x k) w + scale (low aT) bT + bias, with low (n x k), a (rank x k) and b (m x rank); w, `most` and `pieces` as
- * in `product`, and `gate` and `gated` as in `after`, or NULL. `turned` (rank rounded up to TILE x n rounded up to DEPTH)
+ * in `product`, and `plus`, `gate` and `gated` as in `after`, or NULL. `turned` (rank rounded up to TILE x n rounded up to DEPTH)
  * becomes (low aT)T. `thin` has room for twice n rounded up to DEPTH, k and m numbers, each times the rank rounded up to
  * DEPTH, and behind them for the product's `scratch`. */
 void adapted_product(int type, bf16 *y, const bf16 *x, const bf16 *low, const bf16 *w, int64_t by_column, const float *a,
-                     const float *b, const bf16 *bias, const bf16 *gate, bf16 *gated, bf16 *turned, bf16 *thin,
-                     int64_t most, int64_t pieces, int64_t n, int64_t k, int64_t m, int64_t rank,
+                     const float *b, const bf16 *bias, const bf16 *plus, const bf16 *gate, bf16 *gated, bf16 *turned,
+                     bf16 *thin, int64_t most, int64_t pieces, int64_t n, int64_t k, int64_t m, int64_t rank,
                      float scale, int threads) {
     int64_t room = rounded_to(rank, DEPTH), ld = rounded_to(n, DEPTH);
     bf16 *for_thin = thin + room * ld, *for_sum = for_thin + room * k, *scratch = for_sum + room * m;
-    after then = {.gate = gate, .gated = gated};
+    after then = {.plus = plus, .gate = gate, .gated = gated};
     (void)type;
 #pragma omp parallel num_threads(threads)
     {
@@ -194,18 +194,18 @@ void adapted_product(int type, bf16 *y, const bf16 *x, const bf16 *low, const bf
 }
 
 /* With g (n x m), y's gradient: da = scale (g b)T low, db = scale gT (low aT), and the gradient of x and of low together,
- * dx = g wT + scale (g b) a, or where there is dlow, of each alone. What is NULL is not computed; the rest as above. With
- * `more` both are added to dx. With `gate` and `up`, x and low were `gated`: it is written again, and their gradients are, of
+ * dx = g wT + scale (g b) a, or where there is dlow, of each alone. What is NULL is not computed; the rest as above, and
+ * dx has `plus` added. With `gate` and `up`, x and low were `gated`: it is written again, and their gradients are, of
  * that which would be dx. `parts` has room for rank (rounded up to TILE) x (k + m) numbers of each thread. */
 void adapted_product_backward(int type, const bf16 *g, const bf16 *low, const bf16 *w, int64_t by_column,
-                              const bf16 *turned, const float *a, const float *b, bf16 *dx, bf16 *dlow, int64_t more,
+                              const bf16 *turned, const float *a, const float *b, bf16 *dx, bf16 *dlow, const bf16 *plus,
                               const bf16 *gate, const bf16 *up, bf16 *gated, bf16 *in_gate, bf16 *in_up, float *da,
                               float *db, bf16 *thin, int64_t most, int64_t pieces, float *parts, int64_t n,
                               int64_t k, int64_t m, int64_t rank, float scale, int threads) {
     int64_t room = rounded_to(rank, DEPTH), ranks = rounded_to(rank, TILE), ld = rounded_to(n, DEPTH), wide = k + m;
     bf16 *turned_thin = thin + room * ld, *for_thin = turned_thin + ranks * ld, *for_sum = for_thin + room * m;
     bf16 *scratch = for_sum + room * k;
-    after then = {more, gate, up, gated, in_gate, in_up};
+    after then = {plus, gate, up, gated, in_gate, in_up};
     (void)type;
 #pragma omp parallel num_threads(threads)
     {

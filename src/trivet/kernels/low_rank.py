@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from trivet.kernels import compiled, tile_product
-from trivet.kernels.heap import empty
+from trivet.kernels.heap import workspace
 from trivet.kernels.tile_product import DEPTH, up
 
 #: Of tiles.h: what ranks are rounded up to in results.
@@ -41,15 +41,19 @@ def product(
     scale: float,
     bias: torch.Tensor | None,
     out: torch.Tensor,
+    *,
+    plus: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
     gated: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Into `out` (n, m), contiguous: x w + bias + scale · (low Aᵀ) Bᵀ; and with a gate, into `gated`: SiLU(gate) · out.
+    """Into `out` (n, m), contiguous: x w + bias + scale · (low Aᵀ) Bᵀ + plus.
+
+    With a gate, into `gated`: SiLU(gate) · out.
 
     Args:
         x, w, a, b, bias: as `serves` takes them.
         low: (n, k), what the adapter reads: x, or x after its dropout.
-        gate, gated: (n, m), contiguous.
+        plus, gate, gated: (n, m), contiguous; `plus` may be `out`.
 
     Returns:
         (low Aᵀ)ᵀ, for `backward`.
@@ -58,7 +62,7 @@ def product(
     turned = x.new_empty(up(rank, _TILE), up(n, DEPTH))
     layer = w, tile_product.by_column(w)
     memory = tile_product.scratch(n, k, like=x, more=_thin(n, k, m, rank))
-    given = out, x, low.contiguous(), *layer, a, b, bias, gate, gated, turned, *memory
+    given = out, x, low.contiguous(), *layer, a, b, bias, plus, gate, gated, turned, *memory
     compiled.call("adapted_product", x, *given, n, k, m, rank, float(scale))
     return turned
 
@@ -87,7 +91,7 @@ def backward(
     dx: torch.Tensor | None,
     dlow: torch.Tensor | None = None,
     *,
-    more: bool = False,
+    plus: torch.Tensor | None = None,
     gated: Gated | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The gradients of A, where there is `low`, and of B, where there is `turned`, in float32.
@@ -97,7 +101,7 @@ def backward(
         low, w, turned, a, b, scale: what `product` was given, and has returned; w wherever there is dx or `gated`.
         dx: (n, k), contiguous, or None: becomes the gradient of x, and of `low` too unless that has its own.
         dlow: the same for `low`, where it is not x.
-        more: the gradient is added to what dx is.
+        plus: (n, k), contiguous, added to dx, which it may be.
         gated: where the layer read this: instead of dx, the gradients of what it was made of; `low` is its product,
             which need not be there yet.
     """
@@ -108,8 +112,8 @@ def backward(
     low = None if low is None else low.contiguous()
     layer = w, 0 if w is None else tile_product.by_column(w)
     memory = tile_product.scratch(n, m, like=grad, more=_thin(n, k, m, rank))
-    parts = empty(torch.get_num_threads() * up(rank, _TILE) * (k + m), like=a.detach())
-    then = more, *(gated or (None,) * 5)
+    parts = workspace(torch.get_num_threads() * up(rank, _TILE) * (k + m), torch.float32)
+    then = plus, *(gated or (None,) * 5)
     given = grad, low, *layer, turned, a, b, dx, dlow, *then, da, db, *memory, parts
     compiled.call("adapted_product_backward", grad, *given, n, k, m, rank, float(scale))
     return da, db

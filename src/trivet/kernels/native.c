@@ -34,11 +34,12 @@ void rms_norm(int type, const void *x, const void *weight, void *y, float *inver
     }
 }
 
-void rms_norm_backward(int type, const void *grad, const void *x, const void *weight, const float *inverse, void *dx,
-                       int64_t rows, int64_t width, int threads) {
+/* dx = what `grad` says of x, + `plus`, which may be NULL. */
+void rms_norm_backward(int type, const void *grad, const void *x, const void *weight, const float *inverse,
+                       const void *plus, void *dx, int64_t rows, int64_t width, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t row = 0; row < rows; row++) {
-        float a[PIECE], b[PIECE], c[PIECE], d[PIECE], factor = inverse[row];
+        float a[PIECE], b[PIECE], c[PIECE], d[PIECE], e[PIECE], factor = inverse[row];
         double sum = 0;
         for (int64_t i = 0; i < width; i += PIECE) {
             int64_t n = MIN(PIECE, width - i), at = row * width + i;
@@ -54,6 +55,8 @@ void rms_norm_backward(int type, const void *grad, const void *x, const void *we
             const float *restrict w = read(type, weight, i, n, c);
             float *restrict out = place(type, dx, at, d);
             for (int64_t j = 0; j < n; j++) out[j] = (g[j] * w[j] - v[j] * along) * factor;
+            const float *restrict more = plus ? read(type, plus, at, n, e) : NULL;
+            for (int64_t j = 0; j < n && more; j++) out[j] += more[j];
             put(type, dx, at, n, out);
         }
     }

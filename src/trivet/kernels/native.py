@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from trivet.kernels.compiled import call, multiplies_tiles
-from trivet.kernels.heap import empty
+from trivet.kernels.heap import empty, workspace
 
 # -- norms and activations ---------------------------------------------------------------------------------------
 
@@ -28,10 +28,16 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.T
     return y, inverse
 
 
-def rms_norm_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """As `fused.rms_norm_backward`."""
+def rms_norm_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    inverse: torch.Tensor,
+    plus: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As `fused.rms_norm_backward`, and `plus` added."""
     out = empty(*x.shape, like=x)
-    call("rms_norm_backward", x, grad, x, weight, inverse, out, len(inverse), x.shape[-1])
+    call("rms_norm_backward", x, grad, x, weight, inverse, plus, out, len(inverse), x.shape[-1])
     return out
 
 
@@ -207,7 +213,7 @@ def _sizes(
     heads = query.shape[1], key.shape[1]
     dropped = round(weights.dropout * 2**32)
     sizes = len(rows), *heads, query.shape[-1], most, before, each, key.shape[2], dropped, weights.seed
-    scratch = query.new_empty(torch.get_num_threads() * each, dtype=torch.float32)
+    scratch = workspace(torch.get_num_threads() * each, torch.float32)
     return in_tiles, (ctypes.c_int64 * len(sizes))(*sizes), scratch
 
 

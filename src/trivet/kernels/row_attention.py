@@ -8,6 +8,7 @@ numbers by AMX where the processor has it, else of float32.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -31,10 +32,15 @@ def serves(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: to
         return False
     if not width == key.shape[-1] == value.shape[-1] <= native.WIDEST:
         return False
+    return fits(query, key.shape[1], rows)
+
+
+def fits(query: torch.Tensor, key_heads: int, rows: torch.Tensor) -> bool:
+    """Whether so many pieces of such a size are better computed here, of queries (…, width)."""
     tiled = native.tiled(query)
     most = _LARGE_TILED if tiled else _LARGE if multiplied(query) else _LARGE_ELSE
     pieces = (_PIECES_TILED if tiled else _PIECES) * torch.get_num_threads()
-    return native.extent(rows)[0] * width <= most and len(rows) * key.shape[1] >= pieces
+    return native.extent(rows)[0] * query.shape[-1] <= most and len(rows) * key_heads >= pieces
 
 
 def rows_between(borders: torch.Tensor) -> torch.Tensor:
@@ -51,17 +57,19 @@ def _rows_between(borders: torch.Tensor) -> torch.Tensor:
     return rows[rows[:, 2] > 0]
 
 
-def rows_of(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, *, causal: bool) -> torch.Tensor | None:
+def rows_of(batch: int, queries: int, keys: int, mask: torch.Tensor | None, *, causal: bool) -> torch.Tensor | None:
     """`rows` of a batch; None where they don't tell what is seen: a mask that is not that of padding on the right."""
-    batch, _, queries, _ = query.shape
-    keys = key.shape[2]
     if causal:
-        whole = queries == keys and mask is None
-        return torch.tensor([[place, 0, keys, 0, keys] for place in range(batch)]) if whole else None
+        return _causal_rows(batch, keys) if queries == keys and mask is None else None
     if mask is None:
         return _rows_of(batch, queries, keys, None)
     sizes = batch, queries, keys, mask._version
     return native.once(mask, "rows", sizes, lambda: _rows_of(batch, queries, keys, mask))
+
+
+@functools.lru_cache(maxsize=16)
+def _causal_rows(batch: int, keys: int) -> torch.Tensor:
+    return torch.tensor([[place, 0, keys, 0, keys] for place in range(batch)])
 
 
 def _rows_of(batch: int, queries: int, keys: int, mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -127,14 +135,27 @@ class _RowAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Any) -> Any:
-        rows, weights = ctx.settings
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        query, key, value = ctx.saved_tensors
-        # laid out by token, as the gradients of what made them are read
-        dq, dk, dv = (empty(*x.transpose(1, 2).shape, like=x).transpose(1, 2) for x in (query, key, value))
-        begun = native.row_attention_backward(grad.transpose(1, 2), query, key, value, dq, dk, dv, rows, weights)
-        before = begun.shape[-2]
-        if before:
-            for found, more in zip((dk, dv), begun.sum(0).unbind(1), strict=True):
-                found[0, :, :before] = (found[0, :, :before].float() + more).to(found.dtype)
-        return dq, dk, dv, None, None
+        return *gradients(grad.transpose(1, 2), *ctx.saved_tensors, *ctx.settings), None, None
+
+
+def gradients(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: torch.Tensor,
+    weights: native.Weights,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Those of query, key and value, laid out by token as what made them reads its gradient.
+
+    Args:
+        grad: (batch, heads, queries, width), with heads in one piece; of what `row_attention` returns.
+    """
+    dq, dk, dv = (empty(*x.transpose(1, 2).shape, like=x).transpose(1, 2) for x in (query, key, value))
+    begun = native.row_attention_backward(grad, query, key, value, dq, dk, dv, rows, weights)
+    before = begun.shape[-2]
+    if before:
+        for found, more in zip((dk, dv), begun.sum(0).unbind(1), strict=True):
+            found[0, :, :before] = (found[0, :, :before].float() + more).to(found.dtype)
+    return dq, dk, dv

@@ -70,17 +70,17 @@ static inline void fetch(const bf16 *x, int64_t at, int64_t m, int64_t count) {
     for (int64_t r = 0; r < count && x; r++) __builtin_prefetch(x + at + r * m, 1);
 }
 
-/* y = sums + bias, or y += both. */
+/* y = sums + bias + plus. */
 static inline void write_sums(product p, float (*sums)[DEPTH], int64_t at, int64_t count) {
     __m512i bias = p.bias ? _mm512_loadu_si512(p.bias + at % p.m) : _mm512_setzero_si512();
     __m512 left = first_half(bias), right = second_half(bias);
     for (int64_t r = 0; r < count; r++, at += p.m) {
         __m512 first = _mm512_add_ps(_mm512_load_ps(sums[r]), left);
         __m512 second = _mm512_add_ps(_mm512_load_ps(sums[r] + TILE), right);
-        if (p.then.more) {
-            __m512i old = _mm512_loadu_si512(p.y + at);
-            first = _mm512_add_ps(first, first_half(old));
-            second = _mm512_add_ps(second, second_half(old));
+        if (p.then.plus) {
+            __m512i plus = _mm512_loadu_si512(p.then.plus + at);
+            first = _mm512_add_ps(first, first_half(plus));
+            second = _mm512_add_ps(second, second_half(plus));
         }
         __m512bh both = _mm512_cvtne2ps_pbh(second, first);
         memcpy(p.y + at, &both, 64);
@@ -113,7 +113,8 @@ void multiply_frozen(product p) {
     int64_t parts = (mine + p.most - 1) / p.most, terms = p.k / DEPTH, deep = (terms + p.pieces - 1) / p.pieces * DEPTH;
     bf16 *packed = p.scratch + THREAD * p.most * DEPTH * (deep + (p.pieces > 1 ? 2 * blocks * DEPTH : 0));
     float(*all)[DEPTH] = (float(*)[DEPTH])(packed + p.most * DEPTH * deep), one[DEPTH][DEPTH] ALIGNED;
-    const bf16 *touched[] = {p.then.up ? NULL : p.y, p.then.gate, p.then.up, p.then.gated, p.then.in_gate, p.then.in_up};
+    const bf16 *touched[] = {p.then.up ? NULL : p.y, p.then.plus,  p.then.gate, p.then.up,
+                             p.then.gated,           p.then.in_gate, p.then.in_up};
     for (int64_t part = 0; part < parts; part++) {
         int64_t from = first + share(mine, part, parts), to = first + share(mine, part + 1, parts);
         for (int64_t piece = 0; piece < p.pieces; piece++) {
@@ -128,7 +129,7 @@ void multiply_frozen(product p) {
                 for (int64_t panel = from; panel < to; panel++) {
                     float(*sums)[DEPTH] = p.pieces == 1 ? one : all + (i - top) * (to - from) + (panel - from) * DEPTH;
                     int64_t at = i * p.m + panel * DEPTH;
-                    for (int each = 0; each < 6 && last; each++) fetch(touched[each], at, p.m, count);
+                    for (int each = 0; each < 7 && last; each++) fetch(touched[each], at, p.m, count);
                     if (piece)
                         load_sums(sums);
                     else

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from trivet.kernels import compiled
-from trivet.kernels.heap import empty
+from trivet.kernels.heap import empty, workspace
 
 #: Of tiles.h: columns of a panel, which features have to be a multiple of.
 DEPTH = 32
@@ -65,7 +65,7 @@ def scratch(n: int, k: int, *, like: torch.Tensor, more: int = 0) -> tuple[torch
     terms = up(-(-k // pieces), DEPTH)
     most = max(1, _ROOM // (2 * terms * DEPTH))
     sums = 0 if pieces == 1 else 2 * up(n, DEPTH)
-    return empty(more + torch.get_num_threads() * most * DEPTH * (terms + sums), like=like), most, pieces
+    return workspace(more + torch.get_num_threads() * most * DEPTH * (terms + sums), like.dtype), most, pieces
 
 
 def up(number: int, to: int) -> int:

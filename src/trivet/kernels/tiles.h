@@ -82,11 +82,10 @@ static inline void transpose(const void *x, int64_t ldx, void *y, int64_t ldy) {
     }
 }
 
-/* What a product's sums become, beside y = sums. With `more`: y += sums. With `gate`: y = sums, gated = SiLU(gate) y. With
- * `up` too: the sums are gated's gradient; in_gate, in_up and gated are written, and y is not. All are (n x m). */
+/* What a product's sums become, beside y = sums. With `plus`: y = sums + plus, which may be y. With `gate`: gated = SiLU(gate) y
+ * too. With `up` as well: the sums are gated's gradient; in_gate, in_up and gated are written, and y is not. All are (n x m). */
 typedef struct {
-    int64_t more;
-    const bf16 *gate, *up;
+    const bf16 *plus, *gate, *up;
     bf16 *gated, *in_gate, *in_up;
 } after;
 
