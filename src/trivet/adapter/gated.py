@@ -38,7 +38,7 @@ def forward(x: torch.Tensor, layers: Sequence[Adapted], out: torch.Tensor, plus:
         plus: (n, m), contiguous.
     """
     gate, up, down = layers
-    opened, raised, product = (empty(len(x), len(gate.b), like=x) for _ in range(3))
+    opened, raised, product = (low_rank.blocks(len(x), len(gate.b), like=x) for _ in range(3))
     of_gate = gate.forward(x, opened)
     of_up = up.forward(x, raised, gate=opened, gated=product)
     return Gate(opened, raised, of_gate, of_up, down.forward(product, out, plus=plus))
@@ -54,7 +54,7 @@ def backward(
         x: (n, k), or None where neither gate's A nor up's learns.
     """
     gate, up, down = layers
-    in_gate, in_up, product = (empty(*kept.gate.shape, like=grad) for _ in range(3))
+    in_gate, in_up, product = (low_rank.blocks(len(grad), len(gate.b), like=grad) for _ in range(3))
     through = low_rank.Gated(kept.gate, kept.up, product, in_gate, in_up)
     of_down = down.backward(grad, product, kept.of_down, None, gated=through)
     of_gate = gate.backward(in_gate, x, kept.of_gate, dx)

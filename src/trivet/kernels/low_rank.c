@@ -54,27 +54,28 @@ static void pack_for_sum(factor f, bf16 *to) {
 }
 
 /* thin = x fT of `count` rows (DEPTH at most): rows of `room` numbers, and turned, 0 behind `count`, with columns `ld` apart. */
-static void find_thin(const bf16 *x, int64_t k, int64_t count, const bf16 *f, int64_t rank, bf16 *thin, int64_t room,
+static void find_thin(const bf16 *x, order in, int64_t count, const bf16 *f, int64_t rank, bf16 *thin, int64_t room,
                       bf16 *turned, int64_t ld) {
     float sums[4][TILE][TILE] ALIGNED; /* two for each half of the rows: each second one can begin before the first ends */
-    const bf16 *lower = x + MIN(TILE, count - 1) * k; /* a row that is there: where there are no more, nobody reads it */
+    int64_t k = in.wide, lower = MIN(TILE, count - 1) * in.down; /* a row that is there: where there are no more, nobody reads it */
     for (int64_t i = 0; i < rank; i += TILE) {
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
-        for (int64_t j = 0; j < k; j += 2 * DEPTH) {
+        const bf16 *at = x;
+        for (int64_t j = 0; j < k; j += 2 * DEPTH, at += 2 * in.along) {
             _tile_loadd(6, f, 64);
-            _tile_loadd(4, x + j, k * 2);
+            _tile_loadd(4, at, in.down * 2);
             _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(5, lower + j, k * 2);
+            _tile_loadd(5, at + lower, in.down * 2);
             _tile_dpbf16ps(2, 5, 6);
             f += PACKED;
             if (j + DEPTH == k) break;
             _tile_loadd(7, f, 64);
-            _tile_loadd(4, x + j + DEPTH, k * 2);
+            _tile_loadd(4, at + in.along, in.down * 2);
             _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, lower + j + DEPTH, k * 2);
+            _tile_loadd(5, at + in.along + lower, in.down * 2);
             _tile_dpbf16ps(3, 5, 7);
             f += PACKED;
         }
@@ -94,13 +95,13 @@ static void find_thin(const bf16 *x, int64_t k, int64_t count, const bf16 *f, in
 }
 
 /* found (rank x k) = thinT x of `count` rows (CHUNK at most), or += where `more`. `turned` is thinT, 0 behind `count`. */
-static void find_gradient(const bf16 *x, int64_t k, int64_t count, const bf16 *turned, int64_t ld, int64_t rank,
+static void find_gradient(const bf16 *x, order in, int64_t count, const bf16 *turned, int64_t ld, int64_t rank,
                           float *found, int64_t ldf, int more) {
     enum { ACROSS = STRIP / TILE };
     bf16 packed[CHUNK / DEPTH * ACROSS * PACKED] ALIGNED;
-    for (int64_t j = 0; j < k; j += STRIP) {
-        int64_t all = k - j > DEPTH; /* else the half of a strip */
-        pack_rows(x + j, k, count, MIN(STRIP, k - j), packed, ACROSS);
+    for (int64_t j = 0; j < in.wide; j += STRIP) {
+        int64_t all = in.wide - j > DEPTH; /* else the half of a strip */
+        pack_rows(x + place_of(in, 0, j), in, count, MIN(STRIP, in.wide - j), packed, ACROSS);
         for (int64_t r = 0; r < rank; r += TILE) {
             float *to = found + r * ldf + j;
             _tile_zero(0);
@@ -155,14 +156,14 @@ static void fit(int64_t count) {
 }
 
 /* thin = x fT of the rows from `start` to `end`, and turned; 0 in thin's columns behind the ranks. */
-static void find_thin_rows(const bf16 *x, int64_t k, int64_t start, int64_t end, const bf16 *f, int64_t rank, bf16 *thin,
+static void find_thin_rows(const bf16 *x, order in, int64_t start, int64_t end, const bf16 *f, int64_t rank, bf16 *thin,
                            int64_t room, bf16 *turned, int64_t ld) {
     memset(thin + start * room, 0, (end - start) * room * sizeof(bf16));
     configure(TILE, TILE);
     for (int64_t i = start; i < end; i += DEPTH) {
         int64_t count = MIN(DEPTH, end - i);
         fit(count);
-        find_thin(x + i * k, k, count, f, rank, thin + i * room, room, turned + i, ld);
+        find_thin(x + i * in.wide, in, count, f, rank, thin + i * room, room, turned + i, ld);
     }
 }
 
@@ -170,13 +171,14 @@ static void find_thin_rows(const bf16 *x, int64_t k, int64_t start, int64_t end,
  * in `product`, and `plus`, `gate` and `gated` as in `after`, or NULL. `turned` (rank rounded up to TILE x n rounded up to DEPTH)
  * becomes (low aT)T. `thin` has room for twice n rounded up to DEPTH, k and m numbers, each times the rank rounded up to
  * DEPTH, and behind them for the product's `scratch`. */
-void adapted_product(int type, bf16 *y, const bf16 *x, const bf16 *low, const bf16 *w, int64_t by_column, const float *a,
+void adapted_product(int type, bf16 *y, int64_t y_blocks, const bf16 *x, const bf16 *low, int64_t x_blocks, const bf16 *w, int64_t by_column, const float *a,
                      const float *b, const bf16 *bias, const bf16 *plus, const bf16 *gate, bf16 *gated, bf16 *turned,
                      bf16 *thin, int64_t most, int64_t pieces, int64_t n, int64_t k, int64_t m, int64_t rank,
                      float scale, int threads) {
     int64_t room = rounded_to(rank, DEPTH), ld = rounded_to(n, DEPTH);
     bf16 *for_thin = thin + room * ld, *for_sum = for_thin + room * k, *scratch = for_sum + room * m;
     after then = {.plus = plus, .gate = gate, .gated = gated};
+    order in = in_blocks(k, x_blocks), out = in_blocks(m, y_blocks);
     (void)type;
 #pragma omp parallel num_threads(threads)
     {
@@ -186,9 +188,9 @@ void adapted_product(int type, bf16 *y, const bf16 *x, const bf16 *low, const bf
         pack_for_sum((factor){b, 1, rank, rank, m, scale}, for_sum);
 #pragma omp barrier
         span mine = rows_of(n);
-        find_thin_rows(low, k, mine.start, mine.end, for_thin, rank, thin, room, turned, ld);
+        find_thin_rows(low, in, mine.start, mine.end, for_thin, rank, thin, room, turned, ld);
 #pragma omp barrier
-        multiply_frozen((product){y, x, w, by_column, scratch, most, pieces, bias, thin, for_sum, room, n, k, m, then});
+        multiply_frozen((product){y, out, x, in, w, by_column, scratch, most, pieces, bias, thin, for_sum, room, n, k, m, then});
         _tile_loadconfig(&others);
     }
 }
@@ -197,7 +199,7 @@ void adapted_product(int type, bf16 *y, const bf16 *x, const bf16 *low, const bf
  * dx = g wT + scale (g b) a, or where there is dlow, of each alone. What is NULL is not computed; the rest as above, and
  * dx has `plus` added. With `gate` and `up`, x and low were `gated`: it is written again, and their gradients are, of
  * that which would be dx. `parts` has room for rank (rounded up to TILE) x (k + m) numbers of each thread. */
-void adapted_product_backward(int type, const bf16 *g, const bf16 *low, const bf16 *w, int64_t by_column,
+void adapted_product_backward(int type, const bf16 *g, int64_t g_blocks, const bf16 *low, int64_t low_blocks, const bf16 *w, int64_t by_column,
                               const bf16 *turned, const float *a, const float *b, bf16 *dx, bf16 *dlow, const bf16 *plus,
                               const bf16 *gate, const bf16 *up, bf16 *gated, bf16 *in_gate, bf16 *in_up, float *da,
                               float *db, bf16 *thin, int64_t most, int64_t pieces, float *parts, int64_t n,
@@ -206,6 +208,7 @@ void adapted_product_backward(int type, const bf16 *g, const bf16 *low, const bf
     bf16 *turned_thin = thin + room * ld, *for_thin = turned_thin + ranks * ld, *for_sum = for_thin + room * m;
     bf16 *scratch = for_sum + room * k;
     after then = {plus, gate, up, gated, in_gate, in_up};
+    order in = in_blocks(m, g_blocks), out = in_blocks(k, low_blocks);
     (void)type;
 #pragma omp parallel num_threads(threads)
     {
@@ -219,16 +222,16 @@ void adapted_product_backward(int type, const bf16 *g, const bf16 *low, const bf
         if (mine.start == mine.end) memset(found, 0, ranks * wide * sizeof(float));
         for (int64_t i = mine.start; i < mine.end; i += CHUNK) {
             int64_t chunk = MIN(CHUNK, mine.end - i);
-            find_thin_rows(g, m, i, i + chunk, for_thin, rank, thin, room, turned_thin, ld);
+            find_thin_rows(g, in, i, i + chunk, for_thin, rank, thin, room, turned_thin, ld);
             configure(TILE, TILE);
-            if (db) find_gradient(g + i * m, m, chunk, turned + i, ld, rank, found + k, wide, i > mine.start);
+            if (db) find_gradient(g + i * m, in, chunk, turned + i, ld, rank, found + k, wide, i > mine.start);
         }
 #pragma omp barrier
         if (dlow) {
-            multiply_frozen((product){dx, g, w, !by_column, scratch, most, pieces, NULL, NULL, NULL, 0, n, m, k, then});
-            multiply_frozen((product){dlow, NULL, NULL, 0, scratch, k / DEPTH, 1, NULL, thin, for_sum, room, n, 0, k, {0}});
+            multiply_frozen((product){dx, in_rows(k), g, in, w, !by_column, scratch, most, pieces, NULL, NULL, NULL, 0, n, m, k, then});
+            multiply_frozen((product){dlow, in_rows(k), NULL, in, NULL, 0, scratch, k / DEPTH, 1, NULL, thin, for_sum, room, n, 0, k, {0}});
         } else if (dx || gate) {
-            multiply_frozen((product){dx, g, w, !by_column, scratch, most, pieces, NULL, thin, for_sum, room, n, m, k, then});
+            multiply_frozen((product){dx, gate ? out : in_rows(k), g, in, w, !by_column, scratch, most, pieces, NULL, thin, for_sum, room, n, m, k, then});
         }
         if (gate) {
 #pragma omp barrier
@@ -236,7 +239,7 @@ void adapted_product_backward(int type, const bf16 *g, const bf16 *low, const bf
         configure(TILE, TILE);
         for (int64_t i = mine.start; da && i < mine.end; i += CHUNK) {
             int64_t chunk = MIN(CHUNK, mine.end - i);
-            find_gradient(low + i * k, k, chunk, turned_thin + i, ld, rank, found, wide, i > mine.start);
+            find_gradient(low + i * k, out, chunk, turned_thin + i, ld, rank, found, wide, i > mine.start);
         }
         _tile_loadconfig(&others);
 #pragma omp barrier

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from trivet.kernels import compiled, tile_product
-from trivet.kernels.heap import workspace
+from trivet.kernels.heap import empty, workspace
 from trivet.kernels.tile_product import DEPTH, up
 
 #: Of tiles.h: what ranks are rounded up to in results.
@@ -51,18 +51,18 @@ def product(
     With a gate, into `gated`: SiLU(gate) · out.
 
     Args:
-        x, w, a, b, bias: as `serves` takes them.
+        x, w, a, b, bias: as `serves` takes them. x may be in blocks, as `blocks` makes them, where `low` is x.
         low: (n, k), what the adapter reads: x, or x after its dropout.
-        plus, gate, gated: (n, m), contiguous; `plus` may be `out`.
+        plus, gate, gated: (n, m), contiguous, or in blocks as `out` is; `plus` may be `out`.
 
     Returns:
         (low Aᵀ)ᵀ, for `backward`.
     """
-    (n, k), (m, rank) = x.shape, b.shape
+    (rank, k), m, n = a.shape, len(b), len(out if x.dim() > 2 else x)
     turned = x.new_empty(up(rank, _TILE), up(n, DEPTH))
     layer = w, tile_product.by_column(w)
     memory = tile_product.scratch(n, k, like=x, more=_thin(n, k, m, rank))
-    given = out, x, low.contiguous(), *layer, a, b, bias, plus, gate, gated, turned, *memory
+    given = out, _in_blocks(out), x, low.contiguous(), _in_blocks(x), *layer, a, b, bias, plus, gate, gated, turned, *memory
     compiled.call("adapted_product", x, *given, n, k, m, rank, float(scale))
     return turned
 
@@ -70,7 +70,7 @@ def product(
 class Gated(NamedTuple):
     """Of what a layer read, SiLU(gate) · up: the two; where it is to be written again; and where their gradients are.
 
-    All (n, k) and contiguous.
+    All (n, k) and contiguous, or all in blocks.
     """
 
     gate: torch.Tensor
@@ -97,7 +97,7 @@ def backward(
     """The gradients of A, where there is `low`, and of B, where there is `turned`, in float32.
 
     Args:
-        grad: (n, m), `out`'s.
+        grad: (n, m), `out`'s; it may be in blocks where there is dx.
         low, w, turned, a, b, scale: what `product` was given, and has returned; w wherever there is dx or `gated`.
         dx: (n, k), contiguous, or None: becomes the gradient of x, and of `low` too unless that has its own.
         dlow: the same for `low`, where it is not x.
@@ -105,7 +105,7 @@ def backward(
         gated: where the layer read this: instead of dx, the gradients of what it was made of; `low` is its product,
             which need not be there yet.
     """
-    (n, m), (rank, k) = grad.shape, a.shape
+    (rank, k), m, n = a.shape, len(b), len(dx if dx is not None and grad.dim() > 2 else grad)
     grad = grad.contiguous()
     da = None if low is None else torch.empty_like(a)
     db = None if turned is None else torch.empty_like(b)
@@ -114,9 +114,22 @@ def backward(
     memory = tile_product.scratch(n, m, like=grad, more=_thin(n, k, m, rank))
     parts = workspace(torch.get_num_threads() * up(rank, _TILE) * (k + m), torch.float32)
     then = plus, *(gated or (None,) * 5)
-    given = grad, low, *layer, turned, a, b, dx, dlow, *then, da, db, *memory, parts
+    beside = _in_blocks(gated.gate if gated else low)
+    given = grad, _in_blocks(grad), low, beside, *layer, turned, a, b, dx, dlow, *then, da, db, *memory, parts
     compiled.call("adapted_product_backward", grad, *given, n, k, m, rank, float(scale))
     return da, db
+
+
+def blocks(n: int, k: int, *, like: torch.Tensor) -> torch.Tensor:
+    """(n, k), not filled, in blocks of DEPTH rows and columns that follow each other: (of rows, of columns, DEPTH, DEPTH).
+
+    What functions of here alone read and write: a matrix in rows is as many streams as rows are worked on.
+    """
+    return empty(up(n, DEPTH) // DEPTH, k // DEPTH, DEPTH, DEPTH, like=like)
+
+
+def _in_blocks(x: torch.Tensor | None) -> int:
+    return int(x is not None and x.dim() > 2)
 
 
 def _thin(n: int, k: int, m: int, rank: int) -> int:

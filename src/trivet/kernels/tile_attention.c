@@ -92,7 +92,7 @@ static void pack_turned(const bf16 *x, int64_t keys, int64_t width, bf16 *to) {
 static void turn_block(const bf16 *x, int64_t width, bf16 *to) {
     bf16 packed[2 * PACKED] ALIGNED;
     for (int64_t j = 0; j < width; j += DEPTH, to += 2 * PACKED) {
-        pack_rows(x + j, width, DEPTH, DEPTH, packed, 2);
+        pack_rows(x + j, in_rows(width), DEPTH, DEPTH, packed, 2);
         transpose(packed, 64, to, 64);
         transpose(packed + PACKED, 64, to + PACKED, 64);
     }
@@ -156,7 +156,7 @@ static void attend(layout s, span row, int64_t head, tensor q, tensor k, tensor 
     take_keys(s, row, head, k, lines, keys);
     pack_turned(lines, keys, s.width, key_turned);
     take_keys(s, row, head, v, lines, keys);
-    pack_rows(lines, s.width, keys, s.width, values, s.width / TILE);
+    pack_rows(lines, in_rows(s.width), keys, s.width, values, s.width / TILE);
     for (int64_t h = head * shared; h < (head + 1) * shared; h++)
         for (int64_t i = 0; i < row.length; i += DEPTH) {
             int64_t count = MIN(DEPTH, row.length - i);
@@ -202,7 +202,7 @@ static void attend_backward(layout s, span row, int64_t head, tensor g, tensor q
     pack_turned(lines, keys, s.width, value_turned);
     take_keys(s, row, head, k, lines, keys);
     pack_turned(lines, keys, s.width, key_turned);
-    pack_rows(lines, s.width, keys, s.width, key_packed, deep);
+    pack_rows(lines, in_rows(s.width), keys, s.width, key_packed, deep);
     memset(in_key, 0, 2 * all);
     memset(in_value, 0, 2 * all);
     for (int64_t h = head * shared; h < (head + 1) * shared; h++)

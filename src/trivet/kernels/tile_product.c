@@ -14,7 +14,7 @@ enum { LEAST = 3 };
 /* DEPTH columns of some of w's rows, packed: two tiles for each DEPTH rows. */
 static void pack_panel(product p, int64_t column, int64_t row, int64_t rows, bf16 *to) {
     if (!p.turned) {
-        pack_rows(p.w + row * p.m + column, p.m, rows, DEPTH, to, 2);
+        pack_rows(p.w + row * p.m + column, in_rows(p.m), rows, DEPTH, to, 2);
         return;
     }
     for (int64_t i = 0; i < rows; i += DEPTH)
@@ -23,15 +23,15 @@ static void pack_panel(product p, int64_t column, int64_t row, int64_t rows, bf1
 }
 
 /* Tiles 0 to 3 += x w of DEPTH rows (`below`: where the second half of them begins), w packed, with one tile to the next. */
-static inline void add_tiles(const bf16 *x, const bf16 *below, int64_t ldx, int64_t k, const bf16 *w, const bf16 *right,
+static inline void add_tiles(const bf16 *x, const bf16 *below, order in, int64_t k, const bf16 *w, const bf16 *right,
                              int64_t next) {
-    for (int64_t i = 0; i < k; i += DEPTH, w += next, right += next) {
-        _tile_loadd(4, x + i, ldx * 2);
+    for (int64_t i = 0; i < k; i += DEPTH, x += in.along, below += in.along, w += next, right += next) {
+        _tile_loadd(4, x, in.down * 2);
         _tile_loadd(6, w, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(7, right, 64);
         _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, below + i, ldx * 2);
+        _tile_loadd(5, below, in.down * 2);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
@@ -66,15 +66,15 @@ static inline __m512 first_half(__m512i x) { return widened(_mm512_castsi512_si2
 static inline __m512 second_half(__m512i x) { return widened(_mm512_extracti64x4_epi64(x, 1)); }
 
 /* Asks for a block of x, or nothing of NULL: its rows are far from each other, and no processor foresees them. */
-static inline void fetch(const bf16 *x, int64_t at, int64_t m, int64_t count) {
-    for (int64_t r = 0; r < count && x; r++) __builtin_prefetch(x + at + r * m, 1);
+static inline void fetch(const bf16 *x, int64_t at, int64_t down, int64_t count) {
+    for (int64_t r = 0; r < count && x; r++) __builtin_prefetch(x + at + r * down, 1);
 }
 
 /* y = sums + bias + plus. */
-static inline void write_sums(product p, float (*sums)[DEPTH], int64_t at, int64_t count) {
-    __m512i bias = p.bias ? _mm512_loadu_si512(p.bias + at % p.m) : _mm512_setzero_si512();
+static inline void write_sums(product p, float (*sums)[DEPTH], int64_t column, int64_t at, int64_t count) {
+    __m512i bias = p.bias ? _mm512_loadu_si512(p.bias + column) : _mm512_setzero_si512();
     __m512 left = first_half(bias), right = second_half(bias);
-    for (int64_t r = 0; r < count; r++, at += p.m) {
+    for (int64_t r = 0; r < count; r++, at += p.out.down) {
         __m512 first = _mm512_add_ps(_mm512_load_ps(sums[r]), left);
         __m512 second = _mm512_add_ps(_mm512_load_ps(sums[r] + TILE), right);
         if (p.then.plus) {
@@ -90,7 +90,7 @@ static inline void write_sums(product p, float (*sums)[DEPTH], int64_t at, int64
 /* What else they become, where there is a gate. */
 static inline void write_gated(product p, float (*sums)[DEPTH], int64_t at, int64_t count) {
     float gate[DEPTH], up[DEPTH], gated[DEPTH], in_gate[DEPTH], in_up[DEPTH];
-    for (int64_t r = 0; r < count; r++, at += p.m) {
+    for (int64_t r = 0; r < count; r++, at += p.out.down) {
         read(BFLOAT16, p.then.gate, at, DEPTH, gate);
         read(BFLOAT16, p.then.up ? p.then.up : p.y, at, DEPTH, up);
         if (p.then.up) {
@@ -128,18 +128,18 @@ void multiply_frozen(product p) {
                 if (count < DEPTH) configure(MIN(TILE, count), MAX(1, count - TILE));
                 for (int64_t panel = from; panel < to; panel++) {
                     float(*sums)[DEPTH] = p.pieces == 1 ? one : all + (i - top) * (to - from) + (panel - from) * DEPTH;
-                    int64_t at = i * p.m + panel * DEPTH;
-                    for (int each = 0; each < 7 && last; each++) fetch(touched[each], at, p.m, count);
+                    int64_t at = place_of(p.out, i, panel * DEPTH);
+                    for (int each = 0; each < 7 && last; each++) fetch(touched[each], at, p.out.down, count);
                     if (piece)
                         load_sums(sums);
                     else
                         zero_sums();
                     const bf16 *w = packed + (panel - from) * k * DEPTH, *f = p.f + 2 * panel * p.room * TILE;
-                    add_tiles(p.x + i * p.k + term, p.x + below * p.k + term, p.k, k, w, w + PACKED, 2 * PACKED);
+                    add_tiles(p.x + place_of(p.in, i, term), p.x + place_of(p.in, below, term), p.in, k, w, w + PACKED, 2 * PACKED);
                     if (last)
-                        add_tiles(p.thin + i * p.room, p.thin + below * p.room, p.room, p.room, f, f + p.room * TILE, PACKED);
+                        add_tiles(p.thin + i * p.room, p.thin + below * p.room, in_rows(p.room), p.room, f, f + p.room * TILE, PACKED);
                     store_sums(sums);
-                    if (last && !p.then.up) write_sums(p, sums, at, count);
+                    if (last && !p.then.up) write_sums(p, sums, panel * DEPTH, at, count);
                     if (last && p.then.gate) write_gated(p, sums, at, count);
                 }
             }
@@ -155,7 +155,7 @@ void tile_product(int type, bf16 *y, const bf16 *x, const bf16 *w, int64_t turne
     {
         configuration others;
         _tile_storeconfig(&others);
-        multiply_frozen((product){y, x, w, turned, scratch, most, pieces, bias, NULL, NULL, 0, n, k, m, {0}});
+        multiply_frozen((product){y, in_rows(m), x, in_rows(k), w, turned, scratch, most, pieces, bias, NULL, NULL, 0, n, k, m, {0}});
         _tile_loadconfig(&others);
     }
 }

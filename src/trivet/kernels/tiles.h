@@ -41,13 +41,31 @@ static inline __m512i paired(__m512i first, __m512i second, int last) {
     return _mm512_permutex2var_epi16(first, from, second);
 }
 
+/* How a matrix of `wide` columns lies in memory: from one row to the next of DEPTH rows, and one DEPTH columns to the next.
+ * Each DEPTH rows are in one piece: row after row, or in blocks of DEPTH columns, which are read and written as one stream
+ * where rows are as many streams as there are, too many for the processor to foresee. */
+typedef struct {
+    int64_t wide, down, along;
+} order;
+
+static inline order in_rows(int64_t wide) { return (order){wide, wide, DEPTH}; }
+
+static inline order in_blocks(int64_t wide, int64_t blocks) {
+    return blocks ? (order){wide, DEPTH, DEPTH * DEPTH} : in_rows(wide);
+}
+
+/* The place of a row and a column, of which the latter is a multiple of DEPTH. */
+static inline int64_t place_of(order l, int64_t row, int64_t column) {
+    return row / DEPTH * DEPTH * l.wide + row % DEPTH * l.down + column / DEPTH * l.along;
+}
+
 /* `wide` columns of `count` rows, packed: `across` tiles for each DEPTH rows, 0 behind `count`. */
-static inline void pack_rows(const bf16 *x, int64_t ldx, int64_t count, int64_t wide, bf16 *to, int64_t across) {
+static inline void pack_rows(const bf16 *x, order l, int64_t count, int64_t wide, bf16 *to, int64_t across) {
     for (int64_t row = 0; row < rounded_to(count, DEPTH); row += 2)
         for (int64_t j = 0; j < wide; j += DEPTH) {
-            const bf16 *from = x + row * ldx + j;
+            const bf16 *from = x + place_of(l, row, j);
             __m512i first = row < count ? _mm512_loadu_si512(from) : _mm512_setzero_si512();
-            __m512i second = row + 1 < count ? _mm512_loadu_si512(from + ldx) : _mm512_setzero_si512();
+            __m512i second = row + 1 < count ? _mm512_loadu_si512(from + l.down) : _mm512_setzero_si512();
             bf16 *tile = to + (row / DEPTH * across + j / TILE) * PACKED + row % DEPTH / 2 * DEPTH;
             _mm512_store_si512(tile, paired(first, second, 0));
             _mm512_store_si512(tile + PACKED, paired(first, second, 1));
@@ -83,19 +101,22 @@ static inline void transpose(const void *x, int64_t ldx, void *y, int64_t ldy) {
 }
 
 /* What a product's sums become, beside y = sums. With `plus`: y = sums + plus, which may be y. With `gate`: gated = SiLU(gate) y
- * too. With `up` as well: the sums are gated's gradient; in_gate, in_up and gated are written, and y is not. All are (n x m). */
+ * too. With `up` as well: the sums are gated's gradient; in_gate, in_up and gated are written, and y is not. All lie as y does. */
 typedef struct {
     const bf16 *plus, *gate, *up;
     bf16 *gated, *in_gate, *in_up;
 } after;
 
-/* y (n x m) = x (n x k) w + thin (n x room) f + bias, which may be NULL. w lies in memory as (k x m), or `turned` as
+/* y (n x m) = x (n x k) w + thin (n x room) f + bias, which may be NULL. x and y lie as `in` and `out` say, w lies in memory as (k x m), or `turned` as
  * (m x k); f is packed. `thin` has as many rows as n rounded up to DEPTH, and `room`, which may be 0, is a multiple of DEPTH.
  * The sums come in `pieces` of their terms, and `most` panels of DEPTH columns at a time: `scratch` has room for what each
  * thread packs of them, and if there are several pieces, for the panels' sums in float32. */
 typedef struct {
     bf16 *y;
-    const bf16 *x, *w;
+    order out;
+    const bf16 *x;
+    order in;
+    const bf16 *w;
     int64_t turned;
     bf16 *scratch;
     int64_t most, pieces;
