@@ -136,7 +136,7 @@ def test_it_is_as_exact_as_part_by_part(
     theirs = errors(results(model, batch()), exact)
     assert ours.keys() == theirs.keys() and len(ours) == 2 * 2 * 7 + 1
     for name, error in ours.items():
-        assert error < 0.04 and error <= 1.2 * theirs[name] + 1e-3, name
+        assert error < 0.04 and error <= 1.2 * theirs[name] + 0.004, name
     assert sum(ours.values()) <= sum(theirs.values())  # what is added to the residual stream is not rounded before
 
 

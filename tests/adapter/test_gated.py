@@ -14,7 +14,8 @@ from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP
 import trivet.adapter.fast as fast_adapter
 from trivet.adapter.fast import make_fast
 from trivet.fast import speed_up
-from trivet.kernels import compiled
+from trivet.kernels import compiled, low_rank
+from trivet.kernels.heap import empty
 
 pytestmark = pytest.mark.skipif(
     not compiled.multiplies_tiles(), reason="this processor has no AMX, or no C compiler is here"
@@ -108,6 +109,14 @@ def test_it_is_as_exact_as_part_by_part(
         assert error < 1e-2 and error <= 1.2 * theirs[name] + 1e-4, name
 
 
+@pytest.mark.parametrize("rows", [16, 77, 128])
+def test_in_blocks_numbers_are_those_of_rows(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    found = results(fast(block()), inputs(rows))
+    monkeypatch.setattr(low_rank, "blocks", lambda n, k, like: empty(n, k, like=like))
+    plain = results(fast(block()), inputs(rows))
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
+
+
 @pytest.mark.parametrize("frozen", ["gate_proj.lora_A", "up_proj.lora_A", "down_proj.lora_A", "down_proj.lora_B"])
 def test_what_does_not_learn_has_no_gradient(together: list[bool], frozen: str) -> None:
     whole = results(fast(block()), inputs())
@@ -125,7 +134,7 @@ def test_the_activation_is_not_kept(together: list[bool]) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda each: kept.append(each) or each, lambda each: each):
         model(x)
     assert together == [True]
-    assert sum(each.shape == (77, MIDDLE) for each in kept) == 2  # gate and up
+    assert sum(each.numel() >= 77 * MIDDLE for each in kept) == 2  # gate and up; weights are parameters
 
 
 def hook(model: Any) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trivet.kernels.heap import empty
+from trivet.kernels.heap import empty, workspace
 
 TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -39,6 +40,16 @@ def test_it_stays_while_any_view_of_it_does() -> None:
 
 def test_without_numbers_there_is_no_memory() -> None:
     assert empty(1000, 1000, like=torch.zeros(1, device="meta")).is_meta
+
+
+def test_a_workspace_is_a_threads_own_and_grows() -> None:
+    first = workspace(100, torch.bfloat16)
+    assert len(first) >= 100 and first.dtype == torch.bfloat16 and first.data_ptr() % 64 == 0
+    assert workspace(50, torch.bfloat16) is first
+    assert workspace(100, torch.float32).dtype == torch.float32
+    assert workspace(len(first) + 1, torch.bfloat16) is not first
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(workspace, 50, torch.float32).result() is not workspace(50, torch.float32)
 
 
 def test_too_little_memory_is_torchs_error() -> None:

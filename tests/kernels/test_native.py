@@ -264,3 +264,15 @@ def test_it_is_compiled_once_a_machine(tmp_path: Path) -> None:
     (made,) = (tmp_path / "cache" / "kernels").iterdir()
     before = made.stat().st_mtime_ns
     assert said(tmp_path) == ["None", "True"] and made.stat().st_mtime_ns == before
+
+
+def test_a_processor_with_amx_has_its_kernels() -> None:
+    """A source that no compiler takes with all of the processor's instructions is compiled without them, silently."""
+    flags, command = Path("/proc/cpuinfo"), compiled.compiler()
+    if not flags.exists() or "amx_bf16" not in flags.read_text().split() or command is None:
+        pytest.skip("this processor has no AMX, or no C compiler is here")
+    asked = [*command, "-march=native", "-fopenmp", "-dM", "-E", "-x", "c", "/dev/null"]
+    known = subprocess.run(asked, capture_output=True, text=True, check=False).stdout
+    if "__AMX_BF16__" not in known:
+        pytest.skip("this compiler knows no AMX")
+    assert compiled.multiplies_tiles()

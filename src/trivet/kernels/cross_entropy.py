@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from trivet.kernels import compiled, fused, native
+from trivet.kernels import compiled, fused, native, tile_head
 from trivet.kernels.product import few_sizes, mm
 
 #: Logits that are held at a time in 16 bits, and in 32 beside them; in float32 alone twice as many. Large enough for
@@ -71,6 +71,8 @@ def linear_cross_entropy(
         reaches `hidden` alone.
     """
     n = len(hidden)
+    if hidden.requires_grad and torch.is_grad_enabled() and tile_head.serves(hidden, head.weight, head.bias):
+        return _LinearCrossEntropy.apply(hidden, targets, head, z_loss)
     more = few_sizes(n, like=hidden) - n
     if more == 0:
         return _LinearCrossEntropy.apply(hidden, targets, head, z_loss)
@@ -88,6 +90,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Any, targets: Any, head: Head, z_loss: float) -> Any:
         n, targets = len(hidden), targets.contiguous()
+        if ctx.needs_input_grad[0] and tile_head.serves(hidden, head.weight, head.bias):
+            settings = head.scale, head.cap, z_loss
+            losses, right, gradient = tile_head.cross_entropy(hidden, targets, head.weight, head.bias, *settings)
+            ctx.mark_non_differentiable(right)
+            ctx.save_for_backward(gradient)
+            return losses, right
         losses = torch.empty(n, dtype=torch.float32, device=hidden.device)
         right = torch.empty(n, dtype=torch.bool, device=hidden.device)
         wanted = ctx.needs_input_grad[0]

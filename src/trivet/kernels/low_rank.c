@@ -150,11 +150,6 @@ static span rows_of(int64_t n) {
     return (span){start, MIN(n, start + each)};
 }
 
-/* A block of DEPTH rows, or of the `count` that are left. */
-static void fit(int64_t count) {
-    if (count < DEPTH) configure(MIN(TILE, count), MAX(1, count - TILE));
-}
-
 /* thin = x fT of the rows from `start` to `end`, and turned; 0 in thin's columns behind the ranks. */
 static void find_thin_rows(const bf16 *x, order in, int64_t start, int64_t end, const bf16 *f, int64_t rank, bf16 *thin,
                            int64_t room, bf16 *turned, int64_t ld) {

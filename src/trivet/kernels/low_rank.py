@@ -62,8 +62,9 @@ def product(
     turned = x.new_empty(up(rank, _TILE), up(n, DEPTH))
     layer = w, tile_product.by_column(w)
     memory = tile_product.scratch(n, k, like=x, more=_thin(n, k, m, rank))
-    given = out, _in_blocks(out), x, low.contiguous(), _in_blocks(x), *layer, a, b, bias, plus, gate, gated, turned, *memory
-    compiled.call("adapted_product", x, *given, n, k, m, rank, float(scale))
+    given = out, _in_blocks(out), x, low.contiguous(), _in_blocks(x), *layer, a, b, bias
+    then = plus, gate, gated, turned, *memory
+    compiled.call("adapted_product", x, *given, *then, n, k, m, rank, float(scale))
     return turned
 
 
@@ -121,9 +122,9 @@ def backward(
 
 
 def blocks(n: int, k: int, *, like: torch.Tensor) -> torch.Tensor:
-    """(n, k), not filled, in blocks of DEPTH rows and columns that follow each other: (of rows, of columns, DEPTH, DEPTH).
+    """(n, k), not filled, in blocks that follow each other: (blocks of rows, blocks of columns, DEPTH, DEPTH).
 
-    What functions of here alone read and write: a matrix in rows is as many streams as rows are worked on.
+    What functions of here alone read and write: in rows, a matrix is as many streams as rows are worked on.
     """
     return empty(up(n, DEPTH) // DEPTH, k // DEPTH, DEPTH, DEPTH, like=like)
 

@@ -205,12 +205,7 @@ void softmax(int type, uint16_t *x, int64_t rows, int64_t keys, int64_t queries,
 
 /* -- cross-entropy --------------------------------------------------------------------------------------------- */
 
-static inline float logit(float product, float scale, float cap) {
-    product *= scale;
-    return cap == 0 ? product : cap * (2.0f / (1.0f + power(-2.0f * product / cap)) - 1.0f);
-}
-
-/* Logits cap tanh(scale * product / cap), without cap where it is 0; their gradients take the products' place. */
+/* The gradients of logits take the products' place. */
 void cross_entropy(int type, void *products, const int64_t *targets, float *losses, uint8_t *right, int64_t rows,
                    int64_t vocabulary, float scale, float cap, float z_loss, int threads) {
 #pragma omp parallel for num_threads(threads)

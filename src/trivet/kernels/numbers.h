@@ -1,4 +1,4 @@
-/* What the C functions for CPUs share: numbers of 16 bits, e^x, and what dropout drops. */
+/* What the C functions for CPUs share: numbers of 16 bits, e^x, logits, and what dropout drops. */
 
 #ifndef TRIVET_NUMBERS_H
 #define TRIVET_NUMBERS_H
@@ -129,6 +129,12 @@ static inline float largest(const float *x, int64_t n, float most) {
     found ^= (found >> 31) & 0x7fffffff;
     memcpy(&most, &found, 4);
     return most;
+}
+
+/* A logit: cap tanh(scale * product / cap), without cap where it is 0. */
+static inline float logit(float product, float scale, float cap) {
+    product *= scale;
+    return cap == 0 ? product : cap * (2.0f / (1.0f + power(-2.0f * product / cap)) - 1.0f);
 }
 
 static inline uint32_t mixed(uint32_t x) { /* MurmurHash3's last step */

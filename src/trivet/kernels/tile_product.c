@@ -22,45 +22,6 @@ static void pack_panel(product p, int64_t column, int64_t row, int64_t rows, bf1
             transpose(p.w + (column + half * TILE) * p.k + row + i, p.k * 2, to + (2 * (i / DEPTH) + half) * PACKED, 64);
 }
 
-/* Tiles 0 to 3 += x w of DEPTH rows (`below`: where the second half of them begins), w packed, with one tile to the next. */
-static inline void add_tiles(const bf16 *x, const bf16 *below, order in, int64_t k, const bf16 *w, const bf16 *right,
-                             int64_t next) {
-    for (int64_t i = 0; i < k; i += DEPTH, x += in.along, below += in.along, w += next, right += next) {
-        _tile_loadd(4, x, in.down * 2);
-        _tile_loadd(6, w, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, right, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, below, in.down * 2);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-}
-
-/* Of `all`, where the share of one of `count` begins. */
-static inline int64_t share(int64_t all, int64_t one, int64_t count) { return all * one / count; }
-
-static inline void zero_sums(void) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-}
-
-static inline void load_sums(const float (*sums)[DEPTH]) {
-    _tile_loadd(0, sums[0], 128);
-    _tile_loadd(1, sums[0] + TILE, 128);
-    _tile_loadd(2, sums[TILE], 128);
-    _tile_loadd(3, sums[TILE] + TILE, 128);
-}
-
-static inline void store_sums(float (*sums)[DEPTH]) {
-    _tile_stored(0, sums[0], 128);
-    _tile_stored(1, sums[0] + TILE, 128);
-    _tile_stored(2, sums[TILE], 128);
-    _tile_stored(3, sums[TILE] + TILE, 128);
-}
-
 static inline __m512 first_half(__m512i x) { return widened(_mm512_castsi512_si256(x)); }
 
 static inline __m512 second_half(__m512i x) { return widened(_mm512_extracti64x4_epi64(x, 1)); }
@@ -104,6 +65,64 @@ static inline void write_gated(product p, float (*sums)[DEPTH], int64_t at, int6
     }
 }
 
+/* As `power` of numbers.h. */
+static inline __m512 powers(__m512 x) {
+    x = _mm512_min_ps(_mm512_set1_ps(80), _mm512_max_ps(_mm512_set1_ps(-88), x)); /* NaN stays */
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
+    __m512 f = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    f = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), f);
+    const float terms[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+    for (int i = 0; i < 5; i++) p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(terms[i]));
+    p = _mm512_fmadd_ps(_mm512_mul_ps(p, f), f, _mm512_add_ps(f, _mm512_set1_ps(1)));
+    return _mm512_scalef_ps(p, n);
+}
+
+/* cap tanh(z / cap), and its slope. */
+static inline __m512 capped(__m512 z, float cap, __m512 *slope) {
+    __m512 one = _mm512_set1_ps(1), two = _mm512_set1_ps(2);
+    __m512 turned = _mm512_add_ps(one, powers(_mm512_mul_ps(z, _mm512_set1_ps(-2 / cap))));
+    __m512 share = _mm512_sub_ps(_mm512_div_ps(two, turned), one);
+    *slope = _mm512_fnmadd_ps(share, share, one);
+    return _mm512_mul_ps(share, _mm512_set1_ps(cap));
+}
+
+/* Of logits, what is found of each row, and e^logit. */
+static inline void write_likelihood(product p, float (*sums)[DEPTH], int64_t column, int64_t at, int64_t row, int64_t count) {
+    const likelihood *h = p.then.head;
+    float *most = h->most + (THREAD * h->rows + row) * TILE, *sum = h->sum + (THREAD * h->rows + row) * TILE;
+    __m512i both = p.bias ? _mm512_loadu_si512(p.bias + column) : _mm512_setzero_si512();
+    __m512 bias[] = {first_half(both), second_half(both)}, scale = _mm512_set1_ps(h->scale);
+    __m512 one = _mm512_set1_ps(1), z[2], slope[] = {one, one};
+    int64_t left = h->count - column;
+    __mmask32 seen = left < DEPTH ? (1u << left) - 1 : 0xffffffff;
+    for (int64_t r = 0; r < count; r++, at += p.out.down, most += TILE, sum += TILE) {
+        int64_t target = h->targets[row + r] - h->first - column;
+        __mmask32 others = 0xffffffff;
+        for (int i = 0; i < 2; i++) {
+            z[i] = _mm512_mul_ps(_mm512_add_ps(_mm512_load_ps(sums[r] + i * TILE), bias[i]), scale);
+            if (h->cap != 0) z[i] = capped(z[i], h->cap, slope + i);
+            z[i] = _mm512_sub_ps(z[i], _mm512_set1_ps(h->shift[row + r]));
+            z[i] = _mm512_mask_blend_ps((__mmask16)(seen >> i * TILE), _mm512_set1_ps(-INFINITY), z[i]);
+            _mm512_store_ps(most, _mm512_max_ps(_mm512_load_ps(most), z[i]));
+        }
+        if (target >= 0 && target < DEPTH) {
+            float here[TILE];
+            _mm512_storeu_ps(here, z[target / TILE]);
+            h->chosen[row + r] = here[target % TILE];
+            others = ~(1u << target);
+        }
+        for (int i = 0; i < 2; i++) {
+            z[i] = powers(z[i]);
+            _mm512_store_ps(sum, _mm512_add_ps(_mm512_load_ps(sum), z[i]));
+            z[i] = _mm512_maskz_mov_ps((__mmask16)(others >> i * TILE), z[i]);
+            if (h->cap != 0) z[i] = _mm512_mul_ps(z[i], slope[i]);
+        }
+        __m512bh narrow_ones = _mm512_cvtne2ps_pbh(z[1], z[0]);
+        memcpy(p.y + at, &narrow_ones, 64);
+    }
+}
+
 void multiply_frozen(product p) {
     int64_t panels = p.m / DEPTH, across = THREADS;
     while (across > 1 && (THREADS % across || panels < LEAST * across)) across--;
@@ -125,7 +144,7 @@ void multiply_frozen(product p) {
             configure(TILE, TILE);
             for (int64_t i = top; i < bottom; i += DEPTH) {
                 int64_t count = MIN(DEPTH, bottom - i), below = i + MIN(TILE, count - 1);
-                if (count < DEPTH) configure(MIN(TILE, count), MAX(1, count - TILE));
+                fit(count);
                 for (int64_t panel = from; panel < to; panel++) {
                     float(*sums)[DEPTH] = p.pieces == 1 ? one : all + (i - top) * (to - from) + (panel - from) * DEPTH;
                     int64_t at = place_of(p.out, i, panel * DEPTH);
@@ -139,7 +158,8 @@ void multiply_frozen(product p) {
                     if (last)
                         add_tiles(p.thin + i * p.room, p.thin + below * p.room, in_rows(p.room), p.room, f, f + p.room * TILE, PACKED);
                     store_sums(sums);
-                    if (last && !p.then.up) write_sums(p, sums, panel * DEPTH, at, count);
+                    if (last && p.then.head) write_likelihood(p, sums, panel * DEPTH, at, i, count);
+                    if (last && !p.then.head && !p.then.up) write_sums(p, sums, panel * DEPTH, at, count);
                     if (last && p.then.gate) write_gated(p, sums, at, count);
                 }
             }

@@ -61,11 +61,17 @@ def scratch(n: int, k: int, *, like: torch.Tensor, more: int = 0) -> tuple[torch
     Args:
         more: as many numbers in the memory, before what the product needs.
     """
+    count, most, pieces = needs(n, k)
+    return workspace(more + count, like.dtype), most, pieces
+
+
+def needs(n: int, k: int) -> tuple[int, int, int]:
+    """The same, of memory how many numbers."""
     pieces = -(-k // _TERMS)
     terms = up(-(-k // pieces), DEPTH)
     most = max(1, _ROOM // (2 * terms * DEPTH))
     sums = 0 if pieces == 1 else 2 * up(n, DEPTH)
-    return workspace(more + torch.get_num_threads() * most * DEPTH * (terms + sums), like.dtype), most, pieces
+    return torch.get_num_threads() * most * DEPTH * (terms + sums), most, pieces
 
 
 def up(number: int, to: int) -> int:

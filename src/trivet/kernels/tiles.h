@@ -100,11 +100,23 @@ static inline void transpose(const void *x, int64_t ldx, void *y, int64_t ldy) {
     }
 }
 
+/* What is found of each row of logits, which are less the row's `shift`. Of a product, column 0 is the vocabulary's `first`, and
+ * `count` columns are some of it. `most` and `sum` have the largest and the sum of e^logit, of the columns that a thread has
+ * seen and of each sixteenth one, for each row of each thread; `chosen` the target's, which one thread sees. */
+typedef struct {
+    const int64_t *targets;
+    const float *shift;
+    int64_t rows, first, count;
+    float scale, cap, *most, *sum, *chosen;
+} likelihood;
+
 /* What a product's sums become, beside y = sums. With `plus`: y = sums + plus, which may be y. With `gate`: gated = SiLU(gate) y
- * too. With `up` as well: the sums are gated's gradient; in_gate, in_up and gated are written, and y is not. All lie as y does. */
+ * too. With `up` as well: the sums are gated's gradient; in_gate, in_up and gated are written, and y is not. All lie as y does.
+ * With `head`: y = e^logit times the logit's slope by scale * sum, 0 for the target. */
 typedef struct {
     const bf16 *plus, *gate, *up;
     bf16 *gated, *in_gate, *in_up;
+    const likelihood *head;
 } after;
 
 /* y (n x m) = x (n x k) w + thin (n x room) f + bias, which may be NULL. x and y lie as `in` and `out` say, w lies in memory as (k x m), or `turned` as
@@ -124,6 +136,50 @@ typedef struct {
     int64_t room, n, k, m;
     after then;
 } product;
+
+/* Tiles 0 to 3 += x w of DEPTH rows (`below`: where the second half of them begins), w packed, with one tile to the next. */
+static inline void add_tiles(const bf16 *x, const bf16 *below, order in, int64_t k, const bf16 *w, const bf16 *right,
+                             int64_t next) {
+    for (int64_t i = 0; i < k; i += DEPTH, x += in.along, below += in.along, w += next, right += next) {
+        _tile_loadd(4, x, in.down * 2);
+        _tile_loadd(6, w, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, right, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, below, in.down * 2);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+}
+
+static inline void zero_sums(void) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+static inline void load_sums(const float (*sums)[DEPTH]) {
+    _tile_loadd(0, sums[0], 128);
+    _tile_loadd(1, sums[0] + TILE, 128);
+    _tile_loadd(2, sums[TILE], 128);
+    _tile_loadd(3, sums[TILE] + TILE, 128);
+}
+
+static inline void store_sums(float (*sums)[DEPTH]) {
+    _tile_stored(0, sums[0], 128);
+    _tile_stored(1, sums[0] + TILE, 128);
+    _tile_stored(2, sums[TILE], 128);
+    _tile_stored(3, sums[TILE] + TILE, 128);
+}
+
+/* A block of DEPTH rows, or of the `count` that are left. */
+static inline void fit(int64_t count) {
+    if (count < DEPTH) configure(MIN(TILE, count), MAX(1, count - TILE));
+}
+
+/* Of `all`, where the share of one of `count` begins. */
+static inline int64_t share(int64_t all, int64_t one, int64_t count) { return all * one / count; }
 
 /* Computes it; all threads of a team call this (`tile_product.c`), and each leaves its tiles set up. */
 void multiply_frozen(product p);
