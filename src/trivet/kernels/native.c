@@ -371,6 +371,23 @@ static void take_keys(layout s, span row, int64_t head, tensor x, float *y) {
     take(x, row.batch, head, row.first, row.own, s.width, 1, y + row.before * s.room, s.room);
 }
 
+/* softmax of `count` rows of scores, the first of which sees `visible` and each next one `more` more; 0 up to `keys`. */
+static void weigh(float *scores, int64_t room, int64_t count, int64_t visible, int64_t more, int64_t keys) {
+    for (int64_t i = 0; i < count; i++, scores += room, visible += more) {
+        int64_t end = (visible + VECTOR - 1) / VECTOR * VECTOR; /* whole vectors, of what is 0 by itself behind */
+        for (int64_t j = visible; j < end; j++) scores[j] = -INFINITY;
+        float most = largest(scores, end, -INFINITY), sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < end; j++) {
+            scores[j] = power(scores[j] - most);
+            sum += scores[j];
+        }
+        float share = 1.0f / sum;
+        for (int64_t j = 0; j < end; j++) scores[j] *= share;
+        memset(scores + end, 0, (keys - end) * sizeof(float));
+    }
+}
+
 /* `count` queries from place i of the row on, scaled, and their weights p before dropout. Returns how many keys are seen. */
 static int64_t weights_of(layout s, span row, int64_t head, int64_t i, int64_t count, tensor q, const float *key_turned,
                           int64_t keys, float *queries, float *p) {

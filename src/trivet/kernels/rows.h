@@ -38,23 +38,6 @@ static layout laid_out(const int64_t *sizes, float scale, int64_t columns) {
                     .kept = (float)(1.0 / (1.0 - sizes[8] / 4294967296.0))};
 }
 
-/* softmax of `count` rows of scores, the first of which sees `visible` and each next one `more` more; 0 up to `keys`. */
-static void weigh(float *scores, int64_t room, int64_t count, int64_t visible, int64_t more, int64_t keys) {
-    for (int64_t i = 0; i < count; i++, scores += room, visible += more) {
-        int64_t end = (visible + VECTOR - 1) / VECTOR * VECTOR; /* whole vectors, of what is 0 by itself behind */
-        for (int64_t j = visible; j < end; j++) scores[j] = -INFINITY;
-        float most = largest(scores, end, -INFINITY), sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t j = 0; j < end; j++) {
-            scores[j] = power(scores[j] - most);
-            sum += scores[j];
-        }
-        float share = 1.0f / sum;
-        for (int64_t j = 0; j < end; j++) scores[j] *= share;
-        memset(scores + end, 0, (keys - end) * sizeof(float));
-    }
-}
-
 /* The gradients of scores, in the place of those of `count` queries' weights. */
 static void slope(const float *weights, float *grads, int64_t room, int64_t count, int64_t keys) {
     for (int64_t i = 0; i < count; i++, weights += room, grads += room) {

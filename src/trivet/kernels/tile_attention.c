@@ -135,15 +135,37 @@ static void gather(layout s, const bf16 *weights, int64_t keys, int64_t end, con
                  s.width / TILE * PACKED, end / DEPTH);
 }
 
+/* softmax of scale times the first `visible` scores of a query, in their place; 0 behind them up to `end`, whole tiles. */
+static inline void soften(float *scores, int64_t visible, int64_t end, float scale) {
+    int64_t whole = visible / TILE * TILE;
+    __mmask16 rest = (__mmask16)((1u << (visible - whole)) - 1);
+    __m512 factor = _mm512_set1_ps(scale), most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+    for (int64_t j = 0; j < whole; j += TILE) most = _mm512_max_ps(most, _mm512_mul_ps(_mm512_load_ps(scores + j), factor));
+    if (rest) most = _mm512_mask_max_ps(most, rest, most, _mm512_mul_ps(_mm512_load_ps(scores + whole), factor));
+    most = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+    for (int64_t j = 0; j < whole; j += TILE) {
+        __m512 e = powers(_mm512_fmsub_ps(_mm512_load_ps(scores + j), factor, most));
+        _mm512_store_ps(scores + j, e);
+        sum = _mm512_add_ps(sum, e);
+    }
+    if (rest) {
+        __m512 e = _mm512_maskz_mov_ps(rest, powers(_mm512_fmsub_ps(_mm512_load_ps(scores + whole), factor, most)));
+        _mm512_store_ps(scores + whole, e);
+        sum = _mm512_add_ps(sum, e);
+    }
+    __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(sum));
+    int64_t j = 0;
+    for (; j < visible; j += TILE) _mm512_store_ps(scores + j, _mm512_mul_ps(_mm512_load_ps(scores + j), share));
+    for (; j < end; j += TILE) _mm512_store_ps(scores + j, _mm512_setzero_ps());
+}
+
 /* The weights p of `count` queries from place i of the row on, 0 where nothing is seen; before dropout. Returns how many
  * keys are written, whole tiles. */
 static int64_t weights_of(layout s, span row, int64_t i, int64_t count, const bf16 *block, const bf16 *key_turned,
                           int64_t keys, float *p) {
     int64_t causal = row.own > 0, end = rounded_to(row.before + (causal ? i + count : 0), DEPTH);
     score(s, block, key_turned, end, p, keys);
-    for (int64_t r = 0; r < count; r++)
-        for (int64_t j = 0; j < end; j++) p[r * keys + j] *= s.scale;
-    weigh(p, keys, count, row.before + (causal ? i + 1 : 0), causal, end);
+    for (int64_t r = 0; r < count; r++) soften(p + r * keys, row.before + (causal ? i + r + 1 : 0), end, s.scale);
     for (int64_t r = count; r < DEPTH; r++) memset(p + r * keys, 0, end * sizeof(float));
     return end;
 }

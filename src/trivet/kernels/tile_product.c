@@ -65,19 +65,6 @@ static inline void write_gated(product p, float (*sums)[DEPTH], int64_t at, int6
     }
 }
 
-/* As `power` of numbers.h. */
-static inline __m512 powers(__m512 x) {
-    x = _mm512_min_ps(_mm512_set1_ps(80), _mm512_max_ps(_mm512_set1_ps(-88), x)); /* NaN stays */
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
-    __m512 f = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    f = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), f);
-    const float terms[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
-    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-    for (int i = 0; i < 5; i++) p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(terms[i]));
-    p = _mm512_fmadd_ps(_mm512_mul_ps(p, f), f, _mm512_add_ps(f, _mm512_set1_ps(1)));
-    return _mm512_scalef_ps(p, n);
-}
-
 /* cap tanh(z / cap), and its slope. */
 static inline __m512 capped(__m512 z, float cap, __m512 *slope) {
     __m512 one = _mm512_set1_ps(1), two = _mm512_set1_ps(2);
