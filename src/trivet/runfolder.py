@@ -104,13 +104,25 @@ class RunFolder:
         """Remove what a run writes, and nothing that somebody put beside it or another process writes."""
         if not lock.held(self.path):
             return
+        self._tidy()
         for folder in (self.adapter, self.checkpoints):
             if folder.exists():
                 shutil.rmtree(folder)
-        for file in (self.config, self.log, self.result, self.predictions, self.rank_map, self.rank_path, self.report):
+        for file in self._files():
             file.unlink(missing_ok=True)
         if self.path.is_dir() and not any(self.path.iterdir()):
             self.path.rmdir()
+
+    def _files(self) -> tuple[Path, ...]:
+        return (self.config, self.log, self.result, self.predictions, self.rank_map, self.rank_path, self.report)
+
+    def _tidy(self) -> None:
+        """Remove what a process that died while it wrote has left: `write_text`'s files, and `new_folder`'s."""
+        for path in (each for made in (self.adapter, *self._files()) for each in self.path.glob(f".{made.name}.*")):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def begin(self, config_text: str, *, resume: bool) -> None:
         """Make the folder with its config.yaml; an earlier run in it is removed unless it is resumed.
@@ -120,7 +132,9 @@ class RunFolder:
         with storage(f"run folder {self.path}"):
             self.path.mkdir(parents=True, exist_ok=True)
             lock.hold(self.path)
-            if not resume:
+            if resume:
+                self._tidy()
+            else:
                 self.clear()
             write_text(self.config, config_text)
 

@@ -92,6 +92,20 @@ def test_a_run_that_was_killed_while_it_measured_trains_no_further(tmp_path: Pat
     assert what_was_learned(tmp_path / "run") == learned
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_what_a_killed_process_was_writing_is_removed(place: Path, tmp_path: Path, resume: bool) -> None:
+    out = interrupted(place, tmp_path / "run", 9)
+    (out / ".adapter.x1").mkdir()
+    left = [".adapter.x1/adapter_model.safetensors", ".result.json.abc", ".predictions.jsonl.q_7", ".config.yaml.t0"]
+    others = [".notes", ".result.jsonl", "result.json.backup"]
+    for name in (*left, *others):
+        (out / name).write_text("half")
+    run(place, out, resume=resume, overwrite=not resume)
+    assert same(out, place / "whole")
+    assert sorted(path.name for path in out.glob(".*")) == [".notes", ".result.jsonl"]
+    assert (out / "result.json.backup").exists()
+
+
 def test_each_step_is_logged_once(place: Path) -> None:
     rows = logged(place / "whole")
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))
