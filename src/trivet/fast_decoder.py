@@ -110,6 +110,8 @@ def _together(
     if _forwards(parts) != known or any(hooked(part) for part in parts):
         return None
     first, attention, second, mlp = parts
+    if not getattr(attention, "is_causal", True):
+        return None
     cos, sin = turns
     plain = cos.dtype == sin.dtype == x.dtype and cos.dim() == 3 and cos.shape[-1] == attention.head_dim
     if not plain or not native.tiled(cos) or attention.config._attn_implementation != ATTENTION:

@@ -164,6 +164,21 @@ def test_attention_dropout_is_drawn_again(together: list[bool]) -> None:
     assert not torch.equal(found[0]["loss"], found[2]["loss"])
 
 
+def test_a_gradient_that_repeats_one_number_is_read_as_such(together: list[bool]) -> None:
+    """As that of a sum: it has no memory of its own."""
+    model = adapted(model_of()).get_base_model().model
+    x = model(input_ids=padded()["input_ids"]).last_hidden_state.detach().requires_grad_()
+    together.clear()
+    y = model.layers[0](x, position_embeddings=model.rotary_emb(x, torch.arange(45)[None]))
+    assert together == [True]
+    learn = [x, *(factor for factor in model.layers[0].parameters() if factor.requires_grad)]
+    one = torch.ones((), dtype=y.dtype)
+    found = [
+        torch.autograd.grad(y, learn, grad, retain_graph=True) for grad in (one.expand(y.shape), torch.ones_like(y))
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("frozen", ["q_proj.lora_A", "v_proj.lora_B", "o_proj.lora_A", "up_proj.lora_B"])
 def test_what_does_not_learn_has_no_gradient(together: list[bool], frozen: str) -> None:
     whole = results(adapted(model_of()), padded())
@@ -204,11 +219,15 @@ def off(layer: Any) -> None:
     layer.self_attn.k_proj.enable_adapters(enabled=False)
 
 
+def look_ahead(layer: Any) -> None:
+    layer.self_attn.is_causal = False
+
+
 def learn(layer: Any) -> None:
     layer.post_attention_layernorm.weight.requires_grad_()
 
 
-@pytest.mark.parametrize("change", [hook, hook_inside, replace, off, learn])
+@pytest.mark.parametrize("change", [hook, hook_inside, replace, off, look_ahead, learn])
 def test_what_one_function_does_not_have_is_computed_part_by_part(
     together: list[bool], monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None]
 ) -> None:

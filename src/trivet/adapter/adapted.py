@@ -18,7 +18,7 @@ class Adapted(NamedTuple):
         a: A, (rank, k), float32.
         b: B, (m, rank), float32.
         weight: W, or what makes it.
-        learns: whether A learns, and B; known where autograd has not let go of the two.
+        learns: whether A learns, and B: hooks on what autograd saves may give back others that don't say.
     """
 
     a: torch.Tensor

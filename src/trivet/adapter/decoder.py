@@ -86,7 +86,7 @@ class _AdaptedDecoder(torch.autograd.Function):
         of, gate, tensors = rest[:4], gated.Gate(*rest[4:9]), rest[9:]
         (first_eps, second_eps), seen, weights, _ = ctx.settings
         q, k, v, o, *feed = together(tensors, ctx.layers)
-        rows, g = x.view(middle.shape), grad.reshape(middle.shape)
+        rows, g = x.view(middle.shape), grad.contiguous().view(middle.shape)
         through = empty(*middle.shape, like=grad)
 
         read, inverse = native.rms_norm(middle, second, second_eps)
@@ -100,7 +100,7 @@ class _AdaptedDecoder(torch.autograd.Function):
         read, inverse = native.rms_norm(rows, first, first_eps)
         target = through if ctx.needs_input_grad[0] else None
         of_read: list[Any] = []
-        for layer, each, kept in zip((q, k, v), (*turned, in_value), of, strict=False):
+        for layer, each, kept in zip((q, k, v), (*turned, in_value), of[:3], strict=True):
             flat = each.transpose(1, 2).reshape(len(rows), -1)
             of_read.append(layer.backward(flat, read, kept, target, plus=target if of_read else None))
         dx = native.rms_norm_backward(through, rows, first, inverse, g).view(x.shape) if target is not None else None
