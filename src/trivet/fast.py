@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from trivet.fast_attention import ATTENTION
 from trivet.fast_decoder import decoder_forward
 from trivet.fast_dropout import calls_dropout, dropout_layer, with_fast_dropout
-from trivet.fast_modules import eps
+from trivet.fast_modules import close, drawn, eps
 from trivet.kernels.activation import ACTIVATIONS, Activation, activate
 from trivet.kernels.fused import fuses
 from trivet.kernels.gate import silu_gate
@@ -92,19 +92,8 @@ def _is_rms_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.requires_grad or weight.device.type not in ("cpu", "cuda"):
         return False  # FalconMamba's norms without weights have a buffer called so, of another size than what they norm
-    x = _drawn(weight, 4, len(weight))
-    return _close(module(x), rms_norm(x, weight, eps(module)))
-
-
-def _drawn(like: torch.Tensor, *shape: int) -> torch.Tensor:
-    """Random numbers, the same whatever torch's global state, of another tensor's type and on its device."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)
-
-
-def _close(theirs: torch.Tensor, ours: torch.Tensor, size: float = 1.0) -> bool:
-    """Whether two results, as large as `size`, are the same but for rounding."""
-    tolerance = 4 * torch.finfo(theirs.dtype).eps
-    return theirs.dtype == ours.dtype and torch.allclose(theirs, ours, rtol=tolerance, atol=tolerance * size)
+    x = drawn(weight, 4, len(weight))
+    return close(module(x), rms_norm(x, weight, eps(module)))
 
 
 # -- activations -------------------------------------------------------------------------------------------------
@@ -118,7 +107,7 @@ def _activation(module: nn.Module) -> Activation | None:
     x = torch.linspace(-12, 12, 1001, device="cpu")  # past what some of them clip
     found = module(x.clone())
     size = float(found.abs().max())  # torch's own GELU is off by 8e-7 at -3.3 on processors with AVX512
-    return next((function for function in ACTIVATIONS if _close(found, function(x), size)), None)
+    return next((function for function in ACTIVATIONS if close(found, function(x), size)), None)
 
 
 #: transformers' table of activations has classes, some of them with arguments.
@@ -151,10 +140,10 @@ def _is_gated(module: Any) -> bool:
     weight: Any = weights[0]
     if weight.is_meta:
         return True  # nothing is computed that could be wrong, and a plan counts what is kept
-    x = _drawn(weight, 1, 4, weight.shape[1]) * 4  # so large that another activation would show
+    x = drawn(weight, 1, 4, weight.shape[1]) * 4  # so large that another activation would show
     with torch.random.fork_rng([weight.device.index] if weight.is_cuda else []):  # an adapter's dropout draws
         theirs, ours = module(x), module.down_proj(silu_gate(module.gate_proj(x), module.up_proj(x)))
-    return _close(theirs, ours, float(theirs.abs().max()))
+    return close(theirs, ours, float(theirs.abs().max()))
 
 
 def _gated(self: Any, x: torch.Tensor) -> torch.Tensor:
@@ -188,14 +177,14 @@ def _rotating(module: nn.Module) -> Callable[..., Any] | None:
     own = names[_ROTATION]
     if tuple(inspect.signature(own).parameters)[:4] != ("q", "k", "cos", "sin"):
         return None
-    query, key = (_drawn(weight, 2, 3, heads, width).transpose(1, 2) for heads in (4, 2))
-    angles = _drawn(weight, 1, 3, width // 2).repeat(1, 1, 2)
+    query, key = (drawn(weight, 2, 3, heads, width).transpose(1, 2) for heads in (4, 2))
+    angles = drawn(weight, 1, 3, width // 2).repeat(1, 1, 2)
     given = query, key, angles.cos(), angles.sin()
     try:
         theirs = own(*given)
     except Exception:  # noqa: BLE001 - whatever else it is for: gpt-oss has angles of half a head
         return None
-    if not all(_close(t, o, 2.0) for t, o in zip(theirs, rotate(*given), strict=True)):
+    if not all(close(t, o, 2.0) for t, o in zip(theirs, rotate(*given), strict=True)):
         return None
 
     def turned(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *rest: Any, **more: Any) -> Any:

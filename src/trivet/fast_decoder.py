@@ -15,7 +15,7 @@ import torch
 
 from trivet.adapter.decoder import Norm, Sight
 from trivet.fast_attention import ATTENTION, rows_seen
-from trivet.fast_modules import eps, hooked
+from trivet.fast_modules import close, drawn, eps, hooked
 from trivet.kernels import compiled, native
 from trivet.kernels.row_attention import fits
 
@@ -63,10 +63,8 @@ def _same(layer: Any, known: Any) -> bool:
     weight, width = layer.input_layernorm.weight, layer.self_attn.head_dim
     if weight.device.type != "cpu":
         return False
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 24, len(weight), generator=generator).to(weight).requires_grad_()
-    angles = torch.randn(1, 24, width // 2, generator=generator).repeat(1, 1, 2)
-    turns = angles.cos().to(weight), angles.sin().to(weight)
+    x, angles = drawn(weight, 2, 24, len(weight)).requires_grad_(), drawn(weight, 1, 24, width // 2).repeat(1, 1, 2)
+    turns = angles.cos(), angles.sin()
     training = [part for part in layer.modules() if part.training]
     layer.eval()  # no dropout
     ours = _together(layer, x, None, turns, None, known)
@@ -75,8 +73,7 @@ def _same(layer: Any, known: Any) -> bool:
         part.training = True
     if not isinstance(theirs, torch.Tensor) or ours is None:
         return False
-    tolerance = 4 * torch.finfo(x.dtype).eps
-    return torch.allclose(theirs, ours, rtol=tolerance, atol=tolerance * float(theirs.detach().abs().max()))
+    return close(theirs, ours, float(theirs.detach().abs().max()))
 
 
 def _decoded(self: Any, hidden_states: torch.Tensor, *, known: Any, **given: Any) -> torch.Tensor:

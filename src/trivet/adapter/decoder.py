@@ -60,8 +60,8 @@ class _AdaptedDecoder(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Any, cos: Any, sin: Any, first: Any, second: Any, *given: Any) -> torch.Tensor:
         *tensors, settings = given
-        (first_eps, second_eps), seen, weights, ctx.layers = ctx.settings = settings
-        q, k, v, o, *feed = together(tensors, ctx.layers)
+        (first_eps, second_eps), seen, weights, layers = ctx.settings = settings
+        q, k, v, o, *feed = together(tensors, layers)
         batch, length, _ = x.shape
         rows = x.view(batch * length, -1)
         read = native.rms_norm(rows, first, first_eps)[0]
@@ -84,8 +84,8 @@ class _AdaptedDecoder(torch.autograd.Function):
     def backward(ctx: Any, grad: Any) -> Any:
         x, cos, sin, first, second, query, key, value, attended, middle, *rest = ctx.saved_tensors
         of, gate, tensors = rest[:4], gated.Gate(*rest[4:9]), rest[9:]
-        (first_eps, second_eps), seen, weights, _ = ctx.settings
-        q, k, v, o, *feed = together(tensors, ctx.layers)
+        (first_eps, second_eps), seen, weights, layers = ctx.settings
+        q, k, v, o, *feed = together(tensors, layers)
         rows, g = x.view(middle.shape), grad.contiguous().view(middle.shape)
         through = empty(*middle.shape, like=grad)
 

@@ -84,15 +84,11 @@ class _AdaptedGate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Any) -> Any:
-        tensors, rest = _split(ctx.saved_tensors, 12)
-        gate, kept = _split(rest, len(Gate._fields))
+        saved = ctx.saved_tensors
+        tensors, gate, kept = saved[:12], saved[12:17], saved[17:]
         layers = together(tensors, ctx.layers)
         x = rows_from(ctx.maker, kept) if kept else None
         dx = empty(*grad.shape[:-1], layers[0].a.shape[1], like=grad)
         rows = grad.reshape(-1, grad.shape[-1])
         found = backward(rows, x, layers, Gate(*gate), dx.view(len(rows), -1))
         return dx, *gradients(found), None
-
-
-def _split(given: Sequence[Any], at: int) -> tuple[Sequence[Any], Sequence[Any]]:
-    return given[:at], given[at:]

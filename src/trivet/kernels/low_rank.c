@@ -57,12 +57,9 @@ static void pack_for_sum(factor f, bf16 *to) {
 static void find_thin(const bf16 *x, order in, int64_t count, const bf16 *f, int64_t rank, bf16 *thin, int64_t room,
                       bf16 *turned, int64_t ld) {
     float sums[4][TILE][TILE] ALIGNED; /* two for each half of the rows: each second one can begin before the first ends */
-    int64_t k = in.wide, lower = MIN(TILE, count - 1) * in.down; /* a row that is there: where there are no more, nobody reads it */
+    int64_t k = in.wide, lower = MIN(TILE, count - 1) * in.down; /* one that is there, if nobody's */
     for (int64_t i = 0; i < rank; i += TILE) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+        zero_sums();
         const bf16 *at = x;
         for (int64_t j = 0; j < k; j += 2 * DEPTH, at += 2 * in.along) {
             _tile_loadd(6, f, 64);
@@ -104,10 +101,7 @@ static void find_gradient(const bf16 *x, order in, int64_t count, const bf16 *tu
         pack_rows(x + place_of(in, 0, j), in, count, MIN(STRIP, in.wide - j), packed, ACROSS);
         for (int64_t r = 0; r < rank; r += TILE) {
             float *to = found + r * ldf + j;
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
+            zero_sums();
             if (more) {
                 _tile_loadd(0, to, ldf * 4);
                 _tile_loadd(1, to + TILE, ldf * 4);
@@ -166,14 +160,15 @@ static void find_thin_rows(const bf16 *x, order in, int64_t start, int64_t end, 
  * in `product`, and `plus`, `gate` and `gated` as in `after`, or NULL. `turned` (rank rounded up to TILE x n rounded up to DEPTH)
  * becomes (low aT)T. `thin` has room for twice n rounded up to DEPTH, k and m numbers, each times the rank rounded up to
  * DEPTH, and behind them for the product's `scratch`. */
-void adapted_product(int type, bf16 *y, int64_t y_blocks, const bf16 *x, const bf16 *low, int64_t x_blocks, const bf16 *w, int64_t by_column, const float *a,
-                     const float *b, const bf16 *bias, const bf16 *plus, const bf16 *gate, bf16 *gated, bf16 *turned,
-                     bf16 *thin, int64_t most, int64_t pieces, int64_t n, int64_t k, int64_t m, int64_t rank,
-                     float scale, int threads) {
+void adapted_product(int type, bf16 *y, int64_t y_blocks, const bf16 *x, const bf16 *low, int64_t x_blocks, const bf16 *w,
+                     int64_t by_column, const float *a, const float *b, const bf16 *bias, const bf16 *plus, const bf16 *gate,
+                     bf16 *gated, bf16 *turned, bf16 *thin, int64_t most, int64_t pieces, int64_t n, int64_t k,
+                     int64_t m, int64_t rank, float scale, int threads) {
     int64_t room = rounded_to(rank, DEPTH), ld = rounded_to(n, DEPTH);
     bf16 *for_thin = thin + room * ld, *for_sum = for_thin + room * k, *scratch = for_sum + room * m;
     after then = {.plus = plus, .gate = gate, .gated = gated};
-    order in = in_blocks(k, x_blocks), out = in_blocks(m, y_blocks);
+    product p = {y, in_blocks(m, y_blocks), x, in_blocks(k, x_blocks), w, by_column, scratch, most, pieces, bias, thin, for_sum,
+                 room, n, k, m, then};
     (void)type;
 #pragma omp parallel num_threads(threads)
     {
@@ -183,9 +178,9 @@ void adapted_product(int type, bf16 *y, int64_t y_blocks, const bf16 *x, const b
         pack_for_sum((factor){b, 1, rank, rank, m, scale}, for_sum);
 #pragma omp barrier
         span mine = rows_of(n);
-        find_thin_rows(low, in, mine.start, mine.end, for_thin, rank, thin, room, turned, ld);
+        find_thin_rows(low, p.in, mine.start, mine.end, for_thin, rank, thin, room, turned, ld);
 #pragma omp barrier
-        multiply_frozen((product){y, out, x, in, w, by_column, scratch, most, pieces, bias, thin, for_sum, room, n, k, m, then});
+        multiply_frozen(p);
         _tile_loadconfig(&others);
     }
 }
@@ -194,8 +189,9 @@ void adapted_product(int type, bf16 *y, int64_t y_blocks, const bf16 *x, const b
  * dx = g wT + scale (g b) a, or where there is dlow, of each alone. What is NULL is not computed; the rest as above, and
  * dx has `plus` added. With `gate` and `up`, x and low were `gated`: it is written again, and their gradients are, of
  * that which would be dx. `parts` has room for rank (rounded up to TILE) x (k + m) numbers of each thread. */
-void adapted_product_backward(int type, const bf16 *g, int64_t g_blocks, const bf16 *low, int64_t low_blocks, const bf16 *w, int64_t by_column,
-                              const bf16 *turned, const float *a, const float *b, bf16 *dx, bf16 *dlow, const bf16 *plus,
+void adapted_product_backward(int type, const bf16 *g, int64_t g_blocks, const bf16 *low, int64_t low_blocks,
+                              const bf16 *w, int64_t by_column, const bf16 *turned, const float *a, const float *b, bf16 *dx,
+                              bf16 *dlow, const bf16 *plus,
                               const bf16 *gate, const bf16 *up, bf16 *gated, bf16 *in_gate, bf16 *in_up, float *da,
                               float *db, bf16 *thin, int64_t most, int64_t pieces, float *parts, int64_t n,
                               int64_t k, int64_t m, int64_t rank, float scale, int threads) {
@@ -223,10 +219,13 @@ void adapted_product_backward(int type, const bf16 *g, int64_t g_blocks, const b
         }
 #pragma omp barrier
         if (dlow) {
-            multiply_frozen((product){dx, in_rows(k), g, in, w, !by_column, scratch, most, pieces, NULL, NULL, NULL, 0, n, m, k, then});
-            multiply_frozen((product){dlow, in_rows(k), NULL, in, NULL, 0, scratch, k / DEPTH, 1, NULL, thin, for_sum, room, n, 0, k, {0}});
+            multiply_frozen((product){dx, in_rows(k), g, in, w, !by_column, scratch, most, pieces, NULL, NULL, NULL, 0, n, m, k,
+                                      then});
+            multiply_frozen((product){dlow, in_rows(k), NULL, in, NULL, 0, scratch, k / DEPTH, 1, NULL, thin, for_sum, room, n, 0,
+                                      k, {0}});
         } else if (dx || gate) {
-            multiply_frozen((product){dx, gate ? out : in_rows(k), g, in, w, !by_column, scratch, most, pieces, NULL, thin, for_sum, room, n, m, k, then});
+            multiply_frozen((product){dx, gate ? out : in_rows(k), g, in, w, !by_column, scratch, most, pieces, NULL, thin,
+                                      for_sum, room, n, m, k, then});
         }
         if (gate) {
 #pragma omp barrier

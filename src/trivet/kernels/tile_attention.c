@@ -22,10 +22,7 @@ static inline void multiply(float *c, int64_t ldc, int more, const bf16 *a, int6
         _tile_loadd(2, low, ldc * 4);
         _tile_loadd(3, low + TILE, ldc * 4);
     } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+        zero_sums();
     }
     for (int64_t t = 0; t < terms; t++, a += next_a, b += next_b) {
         _tile_loadd(4, a, lda * 2);

@@ -12,20 +12,13 @@
 static const float HIGHEST = 70;
 
 typedef struct {
-    const bf16 *x, *w, *tail, *bias, *tail_bias;
+    const bf16 *x, *w, *bias;
     const int64_t *targets;
     bf16 *weights, *packed; /* e^logit of the words at hand; what threads pack */
     float *sums;            /* e^logit times the head, in blocks of DEPTH x DEPTH */
     likelihood found;
-    int64_t n, k, vocabulary, words, most, pieces, most_words;
+    int64_t n, k, vocabulary, most_words;
 } head;
-
-static const bf16 *word(head h, int64_t i) { /* of the last few there is a copy, with 0 behind */
-    int64_t whole = h.vocabulary / DEPTH * DEPTH;
-    return i < whole ? h.w + i * h.k : h.tail + (i - whole) * h.k;
-}
-
-static float bias_of(head h, int64_t i) { return h.bias ? wide(h.bias[i]) : 0; }
 
 /* The target's logit: a near one will do. */
 static float near_target(head h, int64_t row) {
@@ -35,7 +28,7 @@ static float near_target(head h, int64_t row) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < h.k; i++) sum += wide(x[i]) * wide(w[i]);
-    return logit(sum + bias_of(h, target), h.found.scale, h.found.cap);
+    return logit(sum + (h.bias ? wide(h.bias[target]) : 0), h.found.scale, h.found.cap);
 }
 
 /* sums += weights (n x words) times the head's rows from `from` on; a thread has some of the columns. */
@@ -110,8 +103,7 @@ void head_cross_entropy(int type, const bf16 *x, const bf16 *w, const bf16 *tail
         _tile_storeconfig(&others);
         float *chosen = rows + 32 * THREADS * n, *shift = chosen + n;
         likelihood found = {targets, shift, n, 0, 0, scale, cap, rows, rows + TILE * THREADS * n, chosen};
-        head h = {x, w, tail, bias, tail_bias, targets, weights, packed + THREAD * room, sums, found, n, k, vocabulary,
-                  words, most, pieces, most_words};
+        head h = {x, w, bias, targets, weights, packed + THREAD * room, sums, found, n, k, vocabulary, most_words};
 #pragma omp for
         for (int64_t row = 0; row < n; row++) shift[row] = near_target(h, row);
         for (int attempt = 0; attempt < 2 && again; attempt++) {
@@ -130,10 +122,11 @@ void head_cross_entropy(int type, const bf16 *x, const bf16 *w, const bf16 *tail
                 likelihood part = found;
                 part.first = from;
                 part.count = until - from;
-                const bf16 *these = word(h, from), *theirs = from < whole ? bias : tail_bias;
+                const bf16 *these = from < whole ? w + from * k : tail, *own = bias ? bias + from : NULL;
+                if (from >= whole) own = tail_bias;
                 after then = {.head = &part};
-                multiply_frozen((product){weights, in_blocks(at_hand, 1), x, in_rows(k), these, 1, packed, most, pieces,
-                                          bias ? theirs + (from < whole ? from : 0) : NULL, NULL, NULL, 0, n, k, at_hand, then});
+                multiply_frozen((product){weights, in_blocks(at_hand, 1), x, in_rows(k), these, 1, packed, most, pieces, own, NULL,
+                                          NULL, 0, n, k, at_hand, then});
 #pragma omp barrier
                 add_to_sums(h, these, at_hand);
 #pragma omp barrier

@@ -141,9 +141,11 @@ void multiply_frozen(product p) {
                     else
                         zero_sums();
                     const bf16 *w = packed + (panel - from) * k * DEPTH, *f = p.f + 2 * panel * p.room * TILE;
-                    add_tiles(p.x + place_of(p.in, i, term), p.x + place_of(p.in, below, term), p.in, k, w, w + PACKED, 2 * PACKED);
+                    add_tiles(p.x + place_of(p.in, i, term), p.x + place_of(p.in, below, term), p.in, k, w, w + PACKED,
+                              2 * PACKED);
                     if (last)
-                        add_tiles(p.thin + i * p.room, p.thin + below * p.room, in_rows(p.room), p.room, f, f + p.room * TILE, PACKED);
+                        add_tiles(p.thin + i * p.room, p.thin + below * p.room, in_rows(p.room), p.room, f, f + p.room * TILE,
+                                  PACKED);
                     store_sums(sums);
                     if (last && p.then.head) write_likelihood(p, sums, panel * DEPTH, at, i, count);
                     if (last && !p.then.head && !p.then.up) write_sums(p, sums, panel * DEPTH, at, count);
@@ -162,7 +164,8 @@ void tile_product(int type, bf16 *y, const bf16 *x, const bf16 *w, int64_t turne
     {
         configuration others;
         _tile_storeconfig(&others);
-        multiply_frozen((product){y, in_rows(m), x, in_rows(k), w, turned, scratch, most, pieces, bias, NULL, NULL, 0, n, k, m, {0}});
+        multiply_frozen((product){y, in_rows(m), x, in_rows(k), w, turned, scratch, most, pieces, bias, NULL, NULL, 0, n, k, m,
+                                  {0}});
         _tile_loadconfig(&others);
     }
 }

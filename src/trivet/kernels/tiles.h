@@ -132,9 +132,9 @@ typedef struct {
     const likelihood *head;
 } after;
 
-/* y (n x m) = x (n x k) w + thin (n x room) f + bias, which may be NULL. x and y lie as `in` and `out` say, w lies in memory as (k x m), or `turned` as
- * (m x k); f is packed. `thin` has as many rows as n rounded up to DEPTH, and `room`, which may be 0, is a multiple of DEPTH.
- * The sums come in `pieces` of their terms, and `most` panels of DEPTH columns at a time: `scratch` has room for what each
+/* y (n x m) = x (n x k) w + thin (n x room) f + bias, which may be NULL. x and y lie as `in` and `out` say, w as
+ * (k x m), or `turned` as (m x k); f is packed. `thin` has as many rows as n rounded up to DEPTH, and `room`, which may be 0,
+ * is a multiple of DEPTH. The sums come in `pieces` of their terms, and `most` panels of DEPTH columns at a time: `scratch` has room for what each
  * thread packs of them, and if there are several pieces, for the panels' sums in float32. */
 typedef struct {
     bf16 *y;
