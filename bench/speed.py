@@ -2,9 +2,10 @@
 
 Every contender ("side") loads its model in a process of its own and then waits. The processes take turns, one optimizer
 step each, so that whatever else the machine does falls on all of them; a round is one turn of each. The first two
-rounds warm up and are kept apart. One JSON line a workload is appended to bench/results/speed.jsonl, of a GPU to
-speed_gpu.jsonl: each side's step times, rates, memory and start; how many times as fast the workload's first side is,
-round by round; and machine, versions and command. A side that can't run here says why, and the others go on.
+rounds (on GPUs three: then trivet has recorded its passes) warm up and are kept apart. One JSON line a workload is
+appended to bench/results/speed.jsonl, of a GPU to speed_gpu.jsonl: each side's step times, rates, memory and start;
+how many times as fast the workload's first side is, round by round; and machine, versions and command. A side that
+can't run here says why, and the others go on.
 
 Without --data the workloads that need no file run: `dense` (SmolLM2-135M, 4 rows of 256 random tokens, all of them
 labels), `gpt2` (the same with GPT-2's size and random weights), `four-bit` (as `dense`, frozen weights in 4 bits
@@ -40,7 +41,7 @@ from versions import processor, versions
 
 HERE = Path(__file__).resolve().parent
 RESULTS = {"cpu": HERE / "results" / "speed.jsonl", "cuda": HERE / "results" / "speed_gpu.jsonl"}
-WARMUP = 2
+WARMUP = 2  # and one more on GPUs
 TRL = ("trivet", "trivet-padded", "trl", "trl-grouped", "trl-packed")
 CHAT = ("trivet", "trivet-unshared", "trl", "trl-grouped", "trl-packed")
 
@@ -78,7 +79,12 @@ WORKLOADS = {
     "trec": Workload("labels", ("trivet", "peft"), 16, rank=8, file="cls_trec_train.jsonl"),
     "trec-fp32": Workload("labels", ("trivet", "peft"), 16, rank=8, file="cls_trec_train.jsonl", dtype="float32"),
 }
-CUDA = Workload("dense", ("trivet", "peft-bf16", "peft-best", "trl", "trl-best", "trl-liger", "unsloth"), 8, 1024)
+CUDA = Workload(
+    "dense",
+    ("trivet", "trivet-unrecorded", "peft-bf16", "peft-best", "trl", "trl-best", "trl-liger", "unsloth"),
+    8,
+    1024,
+)
 
 
 def main() -> None:
@@ -89,7 +95,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of the task files; their first 2,000 rows are used")
     parser.add_argument("--base", default="demo", help="the model: demo (trec: demo-encoder), or a local folder")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--size", choices=("0.5b", "1b", "8b"), help="Llama with random weights (cuda: 1b)")
+    parser.add_argument("--size", choices=("0.1b", "0.5b", "1b", "8b"), help="Llama with random weights (cuda: 1b)")
     parser.add_argument("--batch", type=int, help="rows of a dense step (4; cuda: 8)")
     parser.add_argument("--length", type=int, help="tokens of each of them (256; cuda: 1024)")
     parser.add_argument("--peak-tflops", type=float, help="of a GPU that is not known here, in bfloat16")
@@ -147,7 +153,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     if not sides:
         raise SystemExit(f"--sides: {name} has {', '.join(work.sides)}")
     spec = vars(work) | {"device": arguments.device, "rounds": arguments.rounds, "base": arguments.base}
-    spec |= {"warmup": min(WARMUP, arguments.rounds - 1), "size": arguments.size}
+    spec |= {"warmup": min(WARMUP + cuda, arguments.rounds - 1), "size": arguments.size}
     if work is CUDA:
         spec["size"] = spec["size"] or "1b"
     if work.kind == "labels" and spec["base"] == "demo":

@@ -8,10 +8,12 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-#: Llama architectures with random weights, for GPUs: the second and third have the shapes of Llama 3.2 1B and 3.1 8B.
+#: Llama architectures with random weights, for GPUs, with the shapes of SmolLM2 135M (0.1b), Llama 3.2 1B and 3.1 8B.
 SIZES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True},
+    "0.1b": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+             "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True},
     "0.5b": {"hidden_size": 1280, "intermediate_size": 3584, "num_hidden_layers": 24, "num_attention_heads": 20,
              "num_key_value_heads": 4, "vocab_size": 49152, "tie_word_embeddings": True},
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,

@@ -50,17 +50,23 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
 
 
-def ours(turns: Turns, base: Any, task: str, batch: Callable[[int], Any], counts: dict[str, int]) -> None:
-    """trivet's side: `batch(step)` gives the model's inputs, and the labels."""
+def ours(
+    turns: Turns, base: Any, task: str, batch: Callable[[int], Any], counts: dict[str, int], *, records: bool = True
+) -> None:
+    """trivet's side: `batch(step)` gives the model's inputs, and the labels. On GPUs it `records` its passes."""
     from trivet import attach, optimizer
     from trivet.allocator import keep_freed_memory
+    from trivet.graphs import Recorder
+    from trivet.head import directly
     from trivet.loss import training_loss
 
     keep_freed_memory()  # as `trivet train` does
     model = attach(base, lora_rank=16, task=task)
+    learned = [p for p in model.parameters() if p.requires_grad]
+    call = Recorder(lambda: learned) if records else directly
 
     def loss(step: int) -> tuple[Any, dict[str, int]]:
-        return training_loss(model, *batch(step), task=task), counts
+        return training_loss(model, *batch(step), task=task, call=call), counts
 
     trainer_loop(turns, model, optimizer(model, learning_rate=RATE), loss)
 
@@ -90,7 +96,7 @@ def dense(turns: Turns, spec: dict[str, Any]) -> None:
     if side == "trivet-uncompiled":
         os.environ["CC"] = ""
     if side.startswith("trivet"):
-        return ours(turns, made, "causal-lm", labelled, counts)
+        return ours(turns, made, "causal-lm", labelled, counts, records=side != "trivet-unrecorded")
     if side != "unsloth":
         model = lora(made, "CAUSAL_LM", 16, autocast_adapter_dtype=side != "peft-best")
 

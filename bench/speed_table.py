@@ -108,7 +108,8 @@ def table(lines: list[dict[str, Any]]) -> str:
     out = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
     failures = []
     for (workload, *_), line in newest.items():
-        title, first = f"{workload} ({line['shape']})", next(iter(line["sides"]))
+        model = f"{line['model']}, " if line.get("device") == "cuda" else ""
+        title, first = f"{workload} ({model}{line['shape']})", next(iter(line["sides"]))
         for name, side in line["sides"].items():
             if "failed" in side:
                 failures.append(f"{workload}, {name}: did not run: {side['failed']}")
@@ -150,11 +151,15 @@ SHOWN = {
     "gsm8k-chat": "SmolLM2-135M, 8 rows of GSM8K as chats",
     "trec": "MiniLM-L6, 16 rows of TREC",
     "seq2seq": "BART-base's size, 8 x (128 + 64) tokens",
-    "dense, cuda": "Llama of 1B parameters, 8 x 1,024 tokens, on a GPU",
+    "dense, llama-1b (random), 8 rows of 1024 tokens": "Llama of 1B parameters, 8 x 1,024 tokens, on a GPU",
+    "dense, llama-1b (random), 4 rows of 1024 tokens": "Llama of 1B parameters, 4 x 1,024 tokens, on a GPU",
+    "dense, llama-0.1b (random), 4 rows of 256 tokens": "Llama of SmolLM2-135M's size, 4 x 256 tokens, on a GPU",
+    "e2e, llama-0.1b-random, 16 rows": "Llama of SmolLM2-135M's size, 16 rows of E2E, on a GPU",
 }
 NAMES = {
     "trivet-padded": "trivet, rows padded and grouped by length",
     "trivet-unshared": "trivet, nothing shared by the rows",
+    "trivet-unrecorded": "trivet, without CUDA graphs",
     "peft-bf16": "PEFT, bfloat16",
     "peft-fp32": "PEFT, float32",
     "peft-best": "PEFT at its best settings",
@@ -184,8 +189,12 @@ CHINESE = {
     "MiniLM-L6, 16 rows of TREC": "MiniLM-L6，16 条 TREC 样本",
     "BART-base's size, 8 x (128 + 64) tokens": "BART-base 规模的模型，8 x (128 + 64) 个 token",
     "Llama of 1B parameters, 8 x 1,024 tokens, on a GPU": "1B 参数的 Llama，8 x 1,024 个 token，在 GPU 上",
+    "Llama of 1B parameters, 4 x 1,024 tokens, on a GPU": "1B 参数的 Llama，4 x 1,024 个 token，在 GPU 上",
+    "Llama of SmolLM2-135M's size, 4 x 256 tokens, on a GPU": "SmolLM2-135M 规模的 Llama，4 x 256 个 token，在 GPU 上",
+    "Llama of SmolLM2-135M's size, 16 rows of E2E, on a GPU": "SmolLM2-135M 规模的 Llama，16 条 E2E 样本，在 GPU 上",
     "trivet, rows padded and grouped by length": "trivet，样本填充并按长度分组",
     "trivet, nothing shared by the rows": "trivet，样本之间不共享前缀",
+    "trivet, without CUDA graphs": "trivet，不用 CUDA graphs",
     "PEFT, bfloat16": "PEFT，bfloat16",
     "PEFT, float32": "PEFT，float32",
     "PEFT at its best settings": "PEFT，最佳设置",
@@ -211,7 +220,10 @@ def brief(lines: list[dict[str, Any]], words: Mapping[str, str] | None = None) -
     def said(phrase: str) -> str:
         return phrase if words is None else words[phrase]
 
-    newest = {line["workload"] if line["device"] == "cpu" else f"{line['workload']}, cuda": line for line in lines}
+    newest = {
+        line["workload"] if line["device"] == "cpu" else f"{line['workload']}, {line['model']}, {line['shape']}": line
+        for line in lines
+    }
     out = [said("| one step of | against | times as fast, tokens/s | memory, of theirs |"), "| --- | --- | --- | --- |"]
     for workload, title in SHOWN.items():
         sides = newest[workload]["sides"] if workload in newest else {}

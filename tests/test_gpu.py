@@ -96,3 +96,23 @@ def test_a_run_learns(kind: str, rows: str, method: str, tmp_path: Path, tiny: A
     metrics = train(config, console=Console(quiet=True), **split).result["metrics"]
     name = "mse" if rows == "regression" else "loss"
     assert metrics["tuned"][name] < metrics["base"][name]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model.load_in_4bit": True},
+        {"training.learning_rate": "auto"},
+        {"training.packing": True},
+        {"training.gradient_checkpointing": True},
+        {"model.lora_dropout": 0.1},
+    ],
+)
+def test_a_run_with_other_settings_learns(settings: dict[str, Any], tmp_path: Path, tiny: Any) -> None:
+    settings = {"training.max_steps": 20, "training.learning_rate": 1e-2, "training.batch_size": 8} | settings
+    settings |= {"evaluation.resamples": 10, "evaluation.max_new_tokens": 4, "output_dir": str(tmp_path / "run")}
+    config = load(values={"model.name": str(tiny("llama")), "model.device": DEVICE, **settings})
+    rows = ROWS["writing"]
+    split = {"train": rows[:16], "validation": rows[16:], "test": rows[16:]}
+    metrics = train(config, console=Console(quiet=True), **split).result["metrics"]
+    assert metrics["tuned"]["loss"] < metrics["base"]["loss"]

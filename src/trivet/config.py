@@ -166,6 +166,9 @@ class TrainingConfig:
         None, "batches of at most so many tokens, padding included, instead of batch_size rows", at_least=1
     )
     fast: bool = option(True, "use trivet's own attention (on CPUs), norms and adapted layers, which compute the same")
+    cuda_graphs: bool = option(
+        True, "on NVIDIA GPUs, record a step's passes for batches of one shape and replay them, where memory allows"
+    )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     eval_steps: int | None = option(
         None, "validate and checkpoint every so many steps; null means 5 times a run", at_least=1

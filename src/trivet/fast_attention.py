@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -94,4 +97,33 @@ def _packed(query: Any, key: Any, value: Any, borders: torch.Tensor, scale: floa
 
 
 AttentionInterface.register(ATTENTION, _attend)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+#: While `idle_masks` is on: whether the masks so far were none, and which of them are not to be made.
+_NOTED: ContextVar[list[bool] | None] = ContextVar("masks", default=None)
+_KNOWN: ContextVar[Iterator[bool] | None] = ContextVar("known masks", default=None)
+
+
+@contextlib.contextmanager
+def idle_masks(known: Sequence[bool] = ()) -> Iterator[list[bool]]:
+    """Notes which of a forward pass's masks are none; or, as far as it is known, makes none of them.
+
+    Whether rows are packed and need one is seen in their positions, which a recording can't look at.
+    """
+    noted: list[bool] = []
+    tokens = _NOTED.set(noted), _KNOWN.set(iter(known))
+    try:
+        yield noted
+    finally:
+        _NOTED.reset(tokens[0])
+        _KNOWN.reset(tokens[1])
+
+
+def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """transformers' mask for SDPA."""
+    known, noted = _KNOWN.get(), _NOTED.get()
+    mask = None if known is not None and next(known, False) else sdpa_mask(*args, **kwargs)
+    if noted is not None:
+        noted.append(mask is None)
+    return mask
+
+
+AttentionMaskInterface.register(ATTENTION, _mask)

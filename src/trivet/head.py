@@ -16,22 +16,38 @@ import torch.nn.functional as F
 from torch import nn
 
 from trivet.kernels.cross_entropy import Head, linear_cross_entropy
+from trivet.kernels.gather import Unpadded
+
+Call = Callable[[Callable[[Mapping[str, torch.Tensor]], torch.Tensor], Mapping[str, torch.Tensor]], torch.Tensor]
+
+
+def directly(compute: Callable[..., torch.Tensor], batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """compute(batch)."""
+    return compute(batch)
+
 
 #: By model: its head's layer, scale and cap, and whether the model's own logits are what these say.
 _known: WeakKeyDictionary[nn.Module, tuple[tuple[nn.Module, float, float | None], bool]] = WeakKeyDictionary()
 
 
 def supervised_losses(
-    model: Any, batch: Mapping[str, torch.Tensor], chosen: torch.Tensor, targets: torch.Tensor, *, z_loss: float = 0.0
+    model: Any,
+    batch: Mapping[str, torch.Tensor],
+    chosen: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    z_loss: float = 0.0,
+    call: Call = directly,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of every chosen position.
 
     Args:
         model: a language model of transformers, adapted or not, wrapped for distribution or not.
         batch: its inputs, without labels.
-        chosen: (batch, length) bool, the positions whose logits are wanted.
-        targets: (n,), the token that each of them should give, in row order.
+        chosen: (n,), the positions whose logits are wanted, of a batch's rows behind each other: each once.
+        targets: (n,), the token that each of them should give.
         z_loss: see `linear_cross_entropy`.
+        call: calls what gives the hidden states of a batch; a `trivet.graphs.Recorder`, for one.
 
     Returns:
         losses in nats (n,) float32, and whether the target was the likeliest token (n,) bool.
@@ -39,17 +55,21 @@ def supervised_losses(
     inner = unwrapped(model)
     layer = inner.get_output_embeddings()
     if layer is None:
-        return _plain(model(**batch).logits[chosen], targets, z_loss)
+        return _plain(model(**batch).logits.flatten(0, 1)[chosen], targets, z_loss)
     head = _head(inner, layer, batch)
     if head is None:  # an adapted or trained head, or one with arithmetic of its own: the model's, at those positions
         own = layer.forward
-        with _instead(layer, lambda hidden: own(hidden[chosen][None])):
+        with _instead(layer, lambda hidden: own(hidden.flatten(0, 1)[chosen][None])):
             logits = model(**batch).logits
         return _plain(logits[0], targets, z_loss)
-    seen: list[torch.Tensor] = []
-    with _instead(layer, _held_back(seen, len(head.weight))):
-        model(**batch)
-    return linear_cross_entropy(seen[0][chosen], targets, head, z_loss=z_loss)
+
+    def states(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        seen: list[torch.Tensor] = []
+        with _instead(layer, _held_back(seen, len(head.weight))):
+            model(**batch)
+        return seen[0]
+
+    return linear_cross_entropy(Unpadded.apply(call(states, batch), chosen), targets, head, z_loss=z_loss)
 
 
 def _plain(logits: torch.Tensor, targets: torch.Tensor, z_loss: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,11 +13,17 @@ import torch.nn.functional as F
 
 from trivet.data.batch import seen
 from trivet.data.encode import IGNORE
-from trivet.head import supervised_losses
+from trivet.head import Call, directly, supervised_losses
 
 
 def token_losses(
-    model: Any, batch: Mapping[str, torch.Tensor], labels: torch.Tensor, *, shifted: bool, z_loss: float = 0.0
+    model: Any,
+    batch: Mapping[str, torch.Tensor],
+    labels: torch.Tensor,
+    *,
+    shifted: bool,
+    z_loss: float = 0.0,
+    call: Call = directly,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The negative log-likelihood of every supervised token.
 
@@ -27,6 +33,7 @@ def token_losses(
         labels: (batch, length); -100 where nothing is learned.
         shifted: position t predicts label t + 1 (causal language models) rather than label t (encoder-decoders).
         z_loss: see `trivet.kernels.cross_entropy.linear_cross_entropy`.
+        call: see `trivet.head.supervised_losses`.
 
     Returns:
         Over the n supervised tokens in row order: losses in nats (n, float32), whether the most likely token was the
@@ -35,15 +42,16 @@ def token_losses(
     if shifted:
         labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
         batch = _with_mask(model, _without_idle_mask(batch))
-    chosen = labels != IGNORE
-    losses, right = supervised_losses(model, batch, chosen, labels[chosen], z_loss=z_loss)
-    return losses, right, chosen.nonzero()[:, 0]
+    ids = labels.flatten()
+    chosen = (ids != IGNORE).nonzero()[:, 0]  # a GPU is waited for here, and not again after the forward pass
+    losses, right = supervised_losses(model, batch, chosen, ids[chosen], z_loss=z_loss, call=call)
+    return losses, right, chosen.div(labels.shape[1], rounding_mode="floor")
 
 
 def _without_idle_mask(batch: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
     """Padding on the right comes after all that a causal model sees at a token: without a mask, attention is faster."""
     mask = batch.get("attention_mask")
-    if mask is None or mask.dim() != 2 or not bool(mask[:, 0].all()) or not bool((mask[:, 1:] <= mask[:, :-1]).all()):
+    if mask is None or mask.dim() != 2 or not bool(mask[:, 0].all() & (mask[:, 1:] <= mask[:, :-1]).all()):
         return batch
     return {key: value for key, value in batch.items() if key != "attention_mask"}
 
@@ -68,6 +76,7 @@ def training_loss(
     *,
     task: str,
     z_loss: float = 0.0,
+    call: Call = directly,
 ) -> torch.Tensor:
     """The loss of a micro-batch, weighted so that a whole optimizer step is the mean over all its supervised items.
 
@@ -78,14 +87,20 @@ def training_loss(
         num_items_in_batch: supervised tokens (or rows) in all micro-batches of the step; None for this one alone.
         task: causal-lm, seq2seq, classification or regression.
         z_loss: see `token_losses`; of language models.
+        call: calls what gives the logits of a batch, or of a language model the hidden states; a
+            `trivet.graphs.Recorder`, for one.
     """
+
+    def logits(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return model(**batch).logits  # type: ignore[no-any-return]
+
     if task == "regression":
-        total = F.mse_loss(model(**batch).logits.float().squeeze(-1), labels.float(), reduction="sum")
+        total = F.mse_loss(call(logits, batch).float().squeeze(-1), labels.float(), reduction="sum")
         count = labels.numel()
     elif task == "classification":
-        total = F.cross_entropy(model(**batch).logits.float(), labels, reduction="sum")
+        total = F.cross_entropy(call(logits, batch).float(), labels, reduction="sum")
         count = labels.numel()
     else:
-        losses, _, _ = token_losses(model, batch, labels, shifted=task == "causal-lm", z_loss=z_loss)
+        losses, _, _ = token_losses(model, batch, labels, shifted=task == "causal-lm", z_loss=z_loss, call=call)
         total, count = losses.sum(), losses.numel()
     return total / (count if num_items_in_batch is None else num_items_in_batch)

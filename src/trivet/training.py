@@ -16,7 +16,9 @@ from rich.console import Console
 from transformers import EarlyStoppingCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from trivet import processes
 from trivet.adapter.plan import optimizer
+from trivet.config import Config
 from trivet.errors import ConfigError
 from trivet.prepare import Prepared
 from trivet.runfolder import RunFolder
@@ -84,6 +86,7 @@ def make_trainer(ready: Prepared, folder: RunFolder, log_callback: RunLog, *furt
         callbacks=callbacks,
         tokenizer=session.tokenizer,
         z_loss=settings.z_loss,
+        records=_records(ready.config),
         batches=token_batches(ready.config, ready.train_rows),
         origins=ready.summary.origins,
         notes={"data": ready.splits.fingerprints(), "trials": ready.trials},
@@ -92,6 +95,13 @@ def make_trainer(ready: Prepared, folder: RunFolder, log_callback: RunLog, *furt
     trainer.remove_callback(transformers.PrinterCallback)
     log_callback.bind(trainer)
     return trainer
+
+
+def _records(config: Config) -> bool:
+    """Whether passes may be recorded: what is computed again, or drawn from a number in Python, would not be new."""
+    settings = config.training
+    anew = settings.gradient_checkpointing or config.model.lora_dropout > 0
+    return settings.cuda_graphs and not anew and processes.count() == 1
 
 
 @contextlib.contextmanager

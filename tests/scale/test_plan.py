@@ -128,12 +128,13 @@ def test_a_llamas_products_have_a_closed_form() -> None:
     linear = layers * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160)
     adapter = sum(8 * sum(x.shape) for x in found.adapted)
     head, attention = 64 * 512, layers * 4 * width * length / 2  # half of the keys are seen
-    assert found.forward == 2 * tokens * (linear + adapter + head) + tokens * attention
+    told = tokens - 2  # of each of two rows all but the first
+    assert found.forward == 2 * (tokens * (linear + adapter) + told * head) + tokens * attention
     first = 64 * 64 + 2 * 64 * 32  # nothing before the first block's q, k and v wants a gradient
     unread = 8 * 3 * 64  # their A's, likewise
-    products = linear - first + 2 * adapter - unread + head
-    assert found.backward == 2 * tokens * products + tokens * 2.5 * attention
-    assert found.recomputed == found.forward - 2 * tokens * head
+    products = linear - first + 2 * adapter - unread
+    assert found.backward == 2 * (tokens * products + told * head) + tokens * 2.5 * attention
+    assert found.recomputed == found.forward - 2 * told * head
 
 
 def test_counts_grow_with_what_they_are_of() -> None:
@@ -158,8 +159,8 @@ def test_fewer_learned_tokens_are_less_work_for_the_head_alone() -> None:
         )
         for share in (1.0, 0.5)
     )
-    assert whole.flops(False) - half.flops(False) == 2 * 2 * 32 * 64 * config.vocab_size
-    assert whole.kept - half.kept == 32 * 64 * 2
+    assert whole.flops(False) - half.flops(False) == 2 * 2 * 31 * 64 * config.vocab_size  # 63 of 64, and 32
+    assert whole.kept - half.kept == 31 * (64 * 2 + 8)
 
 
 # -- the adapter against the real one ----------------------------------------------------------------------------------

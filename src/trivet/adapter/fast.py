@@ -50,13 +50,40 @@ class FastLinear(MergingLinear):
         if name is None:
             return super().forward(x, *args, **kwargs)
         part = self._part(name)
+        if fast_gpu.wanted(x) and isinstance(part.weight, torch.Tensor):
+            return self._on_gpu(x, name, part)
         p = self._dropped(name)
         seed = int(torch.randint(2**62, ())) if p else 0
         settings = part.scale, part.transposed, p, seed
-        if fast_gpu.wanted(x) and isinstance(part.weight, torch.Tensor):
-            halves = vars(self).get("halves", {}).get(name)
-            return fast_gpu.adapted(x, part.a, part.b, halves, part.weight, part.bias, *settings)
         return _AdaptedLinear.apply(x, part.a, part.b, part.weight, part.bias, *settings)
+
+    def _on_gpu(self, x: torch.Tensor, name: str, part: Adapted) -> torch.Tensor:
+        """With the layers that read x next, where they are alike."""
+        siblings: fast_gpu.Siblings | None = vars(self).get("siblings")
+        if siblings is not None and (y := siblings.made(self, x)) is not None:
+            return y
+        p = self._dropped(name)
+        seed = int(torch.randint(2**62, ())) if p else 0
+        others = [] if siblings is None or p else siblings.others(self, x)
+        parts: list[Any] = [part, *(each._like(x, name, part) for each in others)]
+        if None in parts:
+            others, parts = [], [part]
+        given = [
+            fast_gpu.Given(one.a, one.b, vars(layer).get("halves", {}).get(name), one.weight, one.bias, one.transposed)
+            for layer, one in zip((self, *others), parts, strict=True)
+        ]
+        y, *rest = fast_gpu.adapted(x, given, part.scale, p, seed)
+        if siblings is not None:
+            siblings.keep(others, x, rest)
+        return y  # type: ignore[no-any-return]
+
+    def _like(self, x: torch.Tensor, name: str, other: Adapted) -> Adapted | None:
+        """The part, if one function computes it with the other."""
+        if self._single(x, (), {}) != name or self._dropped(name):
+            return None
+        part = self._part(name)
+        alike = part.scale == other.scale and part.learns == other.learns and part.a.dtype == other.a.dtype
+        return part if alike and isinstance(part.weight, torch.Tensor) else None
 
     @staticmethod
     def gated(x: torch.Tensor, layers: Sequence[nn.Module]) -> torch.Tensor | None:
@@ -132,7 +159,13 @@ def make_fast(model: nn.Module) -> None:
     layers = [module for module in model.modules() if type(module) in (lora.Linear, MergingLinear)]
     for layer in layers:
         layer.__class__ = FastLinear
-    fast_gpu.Halves(layers).follow(getattr(model, "base_model", model))
+    halves = fast_gpu.Halves(layers)
+    for module in model.modules():
+        if len(together := [child for child in module.children() if isinstance(child, FastLinear)]) > 1:
+            halves.siblings.append(siblings := fast_gpu.Siblings())
+            for layer in together:
+                layer.siblings = siblings
+    halves.follow(getattr(model, "base_model", model))
 
 
 def make_merging(model: nn.Module) -> None:

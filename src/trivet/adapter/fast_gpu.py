@@ -2,13 +2,14 @@
 
 `trivet.adapter.fast` makes 14 kernels of an adapter's forward and backward pass, this makes 6: all factors of a model
 are cast together at the beginning of its forward pass, the scale is a factor of a product, and the factors' gradients
-come out of their products in float32.
+come out of their products in float32. What several layers read at once is read once.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -32,8 +33,11 @@ class Halves:
     def __init__(self, layers: Sequence[Any]) -> None:
         """`layers` get the copies: `halves`, by adapter (A, B), None without a forward pass of the whole model."""
         self.layers, self.given = list(layers), list[Any]()
+        self.siblings: list[Siblings] = []
 
     def begin(self, *_: Any) -> None:
+        for siblings in self.siblings:
+            siblings.begin()
         if not self.layers or not wanted(next(self.layers[0].parameters())):
             return
         places: dict[tuple[torch.device, torch.dtype], list[tuple[Any, str, torch.Tensor, torch.Tensor]]] = {}
@@ -68,53 +72,139 @@ class Halves:
         model.register_forward_hook(self.end, always_call=True)
 
 
-def adapted(*given: Any) -> torch.Tensor:
-    """`_AdaptedLinear`'s y of (x, A, B, their 16-bit copies or None, W, bias, s, whether W is transposed, p, seed)."""
-    return _AdaptedLinear.apply(*given)
+class Siblings:
+    """Layers of one module that read the same tensor one after the other, as queries, keys and values are made of it.
+
+    Which ones do is seen in a first pass of the whole model. From the next one on the first of them computes for all:
+    their adapters' small products are one, and so is the sum of their gradients in what they read. Where a pass goes
+    otherwise, each computes for itself, and in later ones too. (Nothing changes within a pass: under checkpointing it
+    is computed again.)
+    """
+
+    def __init__(self) -> None:
+        self.runs: list[list[Any]] | None = []
+        self.following: dict[Any, list[Any]] = {}
+        self.ready: dict[Any, tuple[Any, int, torch.Tensor]] = {}
+        self.last: weakref.ref[torch.Tensor] | None = None
+        self.otherwise = False
+
+    def begin(self) -> None:
+        """Before a pass of the whole model."""
+        self._leave()
+        if self.otherwise:
+            self.following = {}
+        elif self.runs:
+            self.following = {run[0]: run[1:] for run in self.runs if len(run) > 1}
+            self.runs = self.last = None
+
+    def made(self, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
+        """What was computed for a layer together with one before."""
+        known, version, y = self.ready.pop(layer, (None, 0, None))
+        if known is not None and (known() is not x or version != _version(x)):
+            self.otherwise, y = True, None
+        return y
+
+    def others(self, layer: Any, x: torch.Tensor) -> list[Any]:
+        """The layers to compute together with one, whose turn it is."""
+        if self.runs is not None and not any(layer in run for run in self.runs):
+            if self.last is None or self.last() is not x:
+                self.runs.append([])
+                self.last = weakref.ref(x)
+            self.runs[-1].append(layer)
+        self._leave()
+        return self.following.get(layer, [])
+
+    def _leave(self) -> None:
+        if self.ready:  # nobody has come for it
+            self.otherwise = True
+            self.ready.clear()
+
+    def keep(self, layers: Sequence[Any], x: torch.Tensor, results: Sequence[torch.Tensor]) -> None:
+        """Until the layers' turn comes."""
+        for layer, y in zip(layers, results, strict=True):
+            self.ready[layer] = weakref.ref(x), _version(x), y
+
+
+def _version(x: torch.Tensor) -> int:
+    """How often x was changed in place, which inference mode does not count."""
+    return 0 if x.is_inference() else x._version
+
+
+class Given(NamedTuple):
+    """A layer's part of the product: A, B, their 16-bit copies or None, W and bias, and whether W is transposed."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    halves: tuple[torch.Tensor, torch.Tensor] | None
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    transposed: bool
+
+    @property
+    def w(self) -> torch.Tensor:
+        return self.weight if self.transposed else self.weight.T
+
+
+def adapted(x: torch.Tensor, layers: Sequence[Given], scale: float, p: float = 0.0, seed: int = 0) -> Any:
+    """y = x Wᵀ + bias + s (drop(x) Aᵀ) Bᵀ of each layer, with gradients in x, A and B alone."""
+    tensors = [each for layer in layers for each in layer[:2]]
+    return _AdaptedLinear.apply(x, layers, scale, p, seed, *tensors)
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """y = x Wᵀ + bias + s (drop(x) Aᵀ) Bᵀ, with gradients in x, A and B alone."""
+    """The adapters' parts are written first, and the large products added to them: one rounding of the sum, and what
+    is read beside a product's own tensors is read while it computes."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Any, a: Any, b: Any, halves: Any, weight: Any, bias: Any, scale: float, transposed: bool, p: float,
-        seed: int,
-    ) -> torch.Tensor:  # fmt: skip
+    def forward(ctx: Any, x: Any, layers: Any, scale: float, p: float, seed: int, *factors: Any) -> Any:
         rows = x.reshape(-1, x.shape[-1])
-        small_a, small_b = (a.to(x.dtype), b.to(x.dtype)) if halves is None else halves
-        w = weight if transposed else weight.T
-        y = x.new_empty(*x.shape[:-1], w.shape[1])  # no view of another tensor, so that it may be changed in place
-        flat = y.view(-1, w.shape[1])
-        torch.mm(rows, w, out=flat) if bias is None else torch.addmm(bias, rows, w, out=flat)
-        inner = _scaled(dropped(rows, p, seed), small_a.T, scale / (1 - p))
-        flat.addmm_(inner, small_b.T)
-        a_learns, b_learns = ctx.needs_input_grad[1:3]
+        small = [(one.a.to(x.dtype), one.b.to(x.dtype)) if one.halves is None else one.halves for one in layers]
+        a = small[0][0] if len(small) == 1 else torch.cat([each for each, _ in small])
+        ranks = [len(each) for each, _ in small]
+        inner = _scaled(dropped(rows, p, seed), a.T, scale / (1 - p))
+        results = []
+        for one, (_, b), part in zip(layers, small, inner.split(ranks, 1), strict=True):
+            y = x.new_empty(*x.shape[:-1], one.w.shape[1])  # no view of another tensor: it may be changed in place
+            flat = y.view(-1, one.w.shape[1])
+            torch.mm(part, b.T, out=flat) if one.bias is None else torch.addmm(one.bias, part, b.T, out=flat)
+            flat.addmm_(rows, one.w)
+            results.append(y)
+        a_learns = any(ctx.needs_input_grad[5::2])
         ctx.maker, kept = kept_for(x, rows) if a_learns else (None, ())
-        ctx.save_for_backward(inner if b_learns else None, small_a, small_b, weight, *kept)
-        ctx.settings = scale / (1 - p), transposed, p, seed, x.shape, a.dtype, b.dtype
-        return y
+        weights = [one.weight for one in layers]
+        ctx.save_for_backward(inner, a, *(b for _, b in small), *weights, *kept)
+        ctx.settings = ranks, [(one.transposed, one.a.dtype, one.b.dtype) for one in layers]
+        ctx.of_adapter, ctx.shape = (scale / (1 - p), p, seed), x.shape
+        return tuple(results)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Any) -> Any:
-        inner, a, b, weight, *kept = ctx.saved_tensors
-        scale, transposed, p, seed, shape, a_type, b_type = ctx.settings
-        g = grad.reshape(-1, grad.shape[-1])
-        low = _scaled(g, b, scale)
-        dx = da = db = None
+    def backward(ctx: Any, *grads: Any) -> Any:
+        count = len(grads)
+        inner, a, *saved = ctx.saved_tensors
+        bs, weights, kept = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        ranks, settings = ctx.settings
+        scale, p, seed = ctx.of_adapter
+        gs = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        low = inner.new_empty(inner.shape)
+        for g, b, part in zip(gs, bs, low.split(ranks, 1), strict=True):
+            torch.addmm(part, g, b, beta=0, alpha=scale, out=part)
+        dx = None
         if ctx.needs_input_grad[0]:
-            dx = torch.mm(g, weight.T if transposed else weight)
+            dx = torch.mm(low, a)
             if p:
-                dx += dropped(torch.mm(low, a), p, seed)
-            else:
-                dx.addmm_(low, a)
-            dx = dx.view(shape)
-        if ctx.needs_input_grad[1]:
-            da = _product(low.T, dropped(rows_from(ctx.maker, kept), p, seed), a_type)
-        if inner is not None:
-            db = _product(g.T, inner, b_type)
-        return dx, da, db, None, None, None, None, None, None, None
+                dx = dropped(dx, p, seed)
+            for g, weight, (transposed, *_) in zip(gs, weights, settings, strict=True):
+                dx.addmm_(g, weight.T if transposed else weight)
+            dx = dx.view(ctx.shape)
+        da: Sequence[Any] = [None] * count
+        if any(ctx.needs_input_grad[5::2]):
+            da = _product(low.T, dropped(rows_from(ctx.maker, kept), p, seed), settings[0][1]).split(ranks)
+        found: list[Any] = []
+        for i, (g, part) in enumerate(zip(gs, inner.split(ranks, 1), strict=True)):
+            a_learns, b_learns = ctx.needs_input_grad[5 + 2 * i : 7 + 2 * i]
+            found += [da[i] if a_learns else None, _product(g.T, part, settings[i][2]) if b_learns else None]
+        return dx, None, None, None, None, *found
 
 
 def _scaled(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:

@@ -181,9 +181,11 @@ def trace(
         assert isinstance(head, nn.Linear)  # noqa: S101 - else nothing was held back
         width, size = seen[0].shape[-1], seen[0].element_size()
         supervised = int(rows * length * learned)
+        if task == "causal-lm":
+            supervised = min(supervised, rows * (length - 1))  # nothing tells what a row begins with
         product = 2 * supervised * width * head.out_features
         forward, backward = forward + product, backward + product
-        total += supervised * width * size
+        total += supervised * (width * size + 8)  # what the head reads, and where it was
         held = min(supervised * head.out_features, held_at_once(size) if cpu else GPU_CHUNK)
         working = max(working, held * (4 + (size if size < 4 else 0)))
     return Trace(

@@ -59,7 +59,9 @@ class RankCallback(TrainerCallback):  # type: ignore[misc]
         self._layers: list[AdaptedLayer] | None = None
         self._parameters: int | None = None
         self._restored: Mapping[str, torch.Tensor] | None = None
-        self._measuring = self._skipped = False
+        #: Whether the step under way is measured: hooks on the layers see its passes.
+        self.measuring = False
+        self._skipped = False
 
     @property
     def layers(self) -> list[AdaptedLayer]:
@@ -96,29 +98,29 @@ class RankCallback(TrainerCallback):  # type: ignore[misc]
         self._skipped = False
         if self.collector is not None and self.policy.measures(state.global_step, state.max_steps):
             self.collector.on()
-            self._measuring = True
+            self.measuring = True
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.collector is not None and not self._skipped:
             began = time.perf_counter()
-            if self._measuring:
+            if self.measuring:
                 self.collector.off()
                 self.collector.fold(None if self.items is None else self.items())
-                self._measuring = False
+                self.measuring = False
             self.policy.observe(self.layers)
             self.seconds += time.perf_counter() - began
 
     def skip(self) -> None:
         """Learn nothing from this step, in any process: its gradients are no numbers."""
-        if self.collector is not None and self._measuring:
+        if self.collector is not None and self.measuring:
             self.collector.off()
             self.collector.discard()
-            self._measuring = False
+            self.measuring = False
         self._skipped = True
 
     def give_up(self) -> None:
         """Measure nothing in this step: a backward pass broke off in it, in this process at least."""
-        if self.collector is not None and self._measuring:
+        if self.collector is not None and self.measuring:
             self.collector.off()
             self.collector.spoil()
 

@@ -16,6 +16,8 @@ from trivet.data.batch import Collator, tokens_in
 from trivet.data.encode import IGNORE, Encoded
 from trivet.errors import DivergedError
 from trivet.evaluate.score import row_scores
+from trivet.graphs import Recorder
+from trivet.head import directly
 from trivet.loss import training_loss
 from trivet.train.gradients import cleared_fast, sum_over_processes
 from trivet.train.numbers import LIMIT, Watch, listed
@@ -57,6 +59,7 @@ class Trainer(CheckpointTrainer):
         callbacks: list[transformers.TrainerCallback],
         tokenizer: Any,
         z_loss: float = 0.0,
+        records: bool = False,
         batches: TokenBudgetSampler | None = None,
         origins: Sequence[str] = (),
         notes: dict[str, Any] | None = None,
@@ -65,6 +68,7 @@ class Trainer(CheckpointTrainer):
         """
         Args:
             collator: makes the training's batches.
+            records: whether a GPU's passes may be recorded (`trivet.graphs`).
             batches: which rows go together, else batch_size of them.
             origins: where each training row comes from (file:line), for messages about it.
             notes: what a checkpoint is to say of the run beside its state.
@@ -80,7 +84,8 @@ class Trainer(CheckpointTrainer):
             items=lambda: self.step_supervised,
             finished=lambda: self.finished,
         )
-        self.halver = Halver(self._trained, self.ranks.give_up)
+        self.recorder = Recorder(self._trained) if records else None
+        self.halver = Halver(self._trained, self._give_up)
         #: Tokens of the step under way, without padding; and those of them that are learned.
         self.step_tokens = self.step_supervised = 0
         super().__init__(
@@ -225,12 +230,20 @@ class Trainer(CheckpointTrainer):
         """What the optimizer steps (asking the model would walk through all of it in every step)."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
+    def _give_up(self) -> None:
+        """A backward pass broke off, for want of memory: it is tried again with fewer rows, and without recordings."""
+        self.ranks.give_up()
+        if self.recorder is not None:
+            self.recorder.stop()
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The training loss of a micro-batch: its share of the step's mean."""
         labels = inputs.pop("labels")
-        loss = training_loss(model, inputs, labels, num_items_in_batch, task=self.task, z_loss=self.z_loss)
+        # What is measured is seen by hooks, which a replay does not call.
+        call = directly if self.recorder is None or self.ranks.measuring else self.recorder
+        loss = training_loss(model, inputs, labels, num_items_in_batch, task=self.task, z_loss=self.z_loss, call=call)
         return (loss, None) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
