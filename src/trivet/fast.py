@@ -1,6 +1,6 @@
 """Replaces parts of a transformers model by faster or leaner ones that compute the same: norms, activations and rotary
 positions; on CPUs attention, dropout, frozen linear layers where the processor is slow at torch's products, and whole
-decoder layers (`trivet.fast_decoder`).
+layers (`trivet.fast_decoder`, `trivet.fast_encoder`).
 
 Nothing is replaced on faith. Every part is compared with the model's own before it is used; what is not known stays.
 """
@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from trivet.fast_attention import ATTENTION
 from trivet.fast_decoder import decoder_forward
 from trivet.fast_dropout import calls_dropout, dropout_layer, with_fast_dropout
+from trivet.fast_encoder import encoder_forward
 from trivet.fast_modules import close, drawn, eps
 from trivet.kernels.activation import ACTIVATIONS, Activation, activate
 from trivet.kernels.fused import fuses
@@ -52,7 +53,9 @@ def speed_up(model: Any) -> None:
         elif calls_dropout(module):
             module.forward = types.MethodType(with_fast_dropout(type(module).forward), module)
     for module in model.modules():  # of parts that are replaced by now
-        if (whole := decoder_forward(module, fused_norm, _gated)) is not None:
+        whole = decoder_forward(module, fused_norm, _gated)
+        whole = whole or encoder_forward(module, _layer_norm, dropout_layer, _activated)
+        if whole is not None:
             module.forward = types.MethodType(whole, module)
 
 

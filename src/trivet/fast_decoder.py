@@ -7,7 +7,6 @@ them.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 
 from trivet.adapter.decoder import Norm, Sight
 from trivet.fast_attention import ATTENTION, rows_seen
-from trivet.fast_modules import close, drawn, eps, hooked
+from trivet.fast_modules import close, drawn, eps, forwards, hooked, names, own_pass, whole, without_dropout
 from trivet.kernels import compiled, native
 from trivet.kernels.row_attention import fits
 
@@ -42,19 +41,14 @@ def decoder_forward(layer: Any, norm: Any, gate: Any) -> Callable[..., torch.Ten
         norm, gate: the forward passes that its norms and its feed-forward layer have, if they have been replaced.
     """
     parts = [getattr(layer, name, None) for name in _PARTS]
-    given = _forwards(parts)
-    named = set(getattr(getattr(inspect.unwrap(type(layer).forward), "__code__", None), "co_names", ()))
-    if named != set(_PARTS) or given[0] is not norm or given[2] is not norm or given[3] is not gate or not given[1]:
+    given = forwards(parts)
+    replaced = given[0] is given[2] is norm and given[3] is gate and given[1]
+    if names(type(layer).forward) != set(_PARTS) or not replaced:
         return None
     attention: Any = parts[1]
-    if not set(type(attention).forward.__code__.co_names) <= _ATTENTION:
+    if not names(type(attention).forward) <= _ATTENTION:
         return None
     return functools.partial(_decoded, known=given) if _same(layer, given) else None
-
-
-def _forwards(parts: list[Any]) -> list[Any]:
-    """What each part's forward pass was replaced by."""
-    return [getattr(getattr(part, "__dict__", {}).get("forward"), "__func__", None) for part in parts]
 
 
 @torch.enable_grad()
@@ -65,12 +59,12 @@ def _same(layer: Any, known: Any) -> bool:
         return False
     x, angles = drawn(weight, 2, 24, len(weight)).requires_grad_(), drawn(weight, 1, 24, width // 2).repeat(1, 1, 2)
     turns = angles.cos(), angles.sin()
-    training = [part for part in layer.modules() if part.training]
-    layer.eval()  # no dropout
-    ours = _together(layer, x, None, turns, None, known)
-    theirs = None if ours is None else inspect.unwrap(type(layer).forward)(layer, x, position_embeddings=turns)
-    for part in training:
-        part.training = True
+
+    def both() -> tuple[Any, Any]:
+        ours = _together(layer, x, None, turns, None, known)
+        return ours, None if ours is None else own_pass(layer)(layer, x, position_embeddings=turns)
+
+    ours, theirs = without_dropout(layer, both)
     if not isinstance(theirs, torch.Tensor) or ours is None:
         return False
     return close(theirs, ours, float(theirs.detach().abs().max()))
@@ -79,11 +73,7 @@ def _same(layer: Any, known: Any) -> bool:
 def _decoded(self: Any, hidden_states: torch.Tensor, *, known: Any, **given: Any) -> torch.Tensor:
     """The forward pass of a decoder layer that was replaced: transformers' arguments."""
     inside: Callable[..., torch.Tensor] = functools.partial(_whole_or_parts, self, known=known, **given)
-    # transformers' layers wrap their forward pass in what checkpoints it
-    wrapped = type(self).forward is not inspect.unwrap(type(self).forward)
-    if wrapped and self.gradient_checkpointing and self.training and given.get("past_key_values") is None:
-        return self._gradient_checkpointing_func(inside, hidden_states)  # type: ignore[no-any-return]
-    return inside(hidden_states)
+    return whole(self, inside, hidden_states, given.get("past_key_values") is not None)
 
 
 def _whole_or_parts(self: Any, x: torch.Tensor, known: Any, **given: Any) -> torch.Tensor:
@@ -93,7 +83,7 @@ def _whole_or_parts(self: Any, x: torch.Tensor, known: Any, **given: Any) -> tor
         y = _together(self, x, given.get("attention_mask"), given["position_embeddings"], borders, known)
         if y is not None:
             return y
-    return inspect.unwrap(type(self).forward)(self, x, **given)  # type: ignore[no-any-return]
+    return own_pass(self)(self, x, **given)  # type: ignore[no-any-return]
 
 
 def _together(
@@ -104,7 +94,7 @@ def _together(
         return None
     inside = layer._modules
     parts = [inside[name] for name in _PARTS]
-    if _forwards(parts) != known or any(hooked(part) for part in parts):
+    if forwards(parts) != known or any(hooked(part) for part in parts):
         return None
     first, attention, second, mlp = parts
     if not getattr(attention, "is_causal", True):

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from trivet.adapter import fast_gpu
 from trivet.adapter.adapted import Adapted
 from trivet.adapter.decoder import adapted_decoder
+from trivet.adapter.encoder import adapted_encoder
 from trivet.adapter.gated import adapted_gate
 from trivet.fast import frozen_linear
 from trivet.fast_modules import hooked
@@ -96,6 +97,12 @@ class FastLinear(MergingLinear):
         """`decoder.adapted_decoder` of such layers; None where it doesn't take them."""
         parts = _plain_parts(x, layers)
         return None if parts is None else adapted_decoder(x, norms, sight, parts)
+
+    @staticmethod
+    def encoded(x: torch.Tensor, norms: Any, shape: Any, layers: Sequence[nn.Module]) -> torch.Tensor | None:
+        """`encoder.adapted_encoder` of such layers; None where it doesn't take them."""
+        parts = _plain_parts(x, layers)
+        return None if parts is None else adapted_encoder(x, norms, shape, parts)
 
     def _part(self, name: str) -> Adapted:
         parts: Any = self._modules  # a module's attributes are looked up slowly, and a model has hundreds of layers

@@ -26,15 +26,33 @@ ACTIVATIONS: tuple[Activation, ...] = (
 
 def activate(x: torch.Tensor, function: Activation) -> torch.Tensor:
     """`function(x)`, one of `ACTIVATIONS`."""
-    if function is not ACTIVATIONS[1] or not compiled.serves(x):
+    if not _in_c(x, function):
         return carries(function(x), function, x)
     x = x.contiguous()
     return carries(_GELU.apply(x), native.gelu, x)
 
 
-class _GELU(torch.autograd.Function):
-    """By tanh, in C: torch takes more than twice the time for that one, but not for the others."""
+def computed(x: torch.Tensor, function: Activation) -> torch.Tensor:
+    """`function(x)`, without gradient; x is contiguous."""
+    return native.gelu(x) if _in_c(x, function) else function(x)
 
+
+def gradient(grad: torch.Tensor, x: torch.Tensor, function: Activation) -> torch.Tensor:
+    """That of x, from that of `function(x)`; both contiguous."""
+    if _in_c(x, function):
+        return native.gelu_backward(grad, x)
+    if function is ACTIVATIONS[2]:
+        return torch.ops.aten.silu_backward(grad, x)  # type: ignore[no-any-return]
+    approximate = "none" if function is ACTIVATIONS[0] else "tanh"
+    return torch.ops.aten.gelu_backward(grad, x, approximate=approximate)  # type: ignore[no-any-return]
+
+
+def _in_c(x: torch.Tensor, function: Activation) -> bool:
+    """Whether C functions compute it: torch takes more than twice the time for GELU by tanh, but not for the others."""
+    return function is ACTIVATIONS[1] and compiled.serves(x)
+
+
+class _GELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Any) -> torch.Tensor:
         ctx.save_for_backward(x)
