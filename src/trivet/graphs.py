@@ -41,12 +41,13 @@ class Recorder:
 
     Args:
         learned: gives the parameters that have gradients, always in one order.
+        on: whether anything is recorded at all; never on other devices than GPUs.
     """
 
-    def __init__(self, learned: Callable[[], Sequence[nn.Parameter]]) -> None:
+    def __init__(self, learned: Callable[[], Sequence[nn.Parameter]], *, on: bool = True) -> None:
         self.learned = learned
-        #: Whether anything is recorded: not on other devices than GPUs, and no more where it has failed.
-        self.on = torch.cuda.is_available()
+        #: Whether anything is recorded from now on: no more, where that has failed.
+        self.on = on and torch.cuda.is_available()
         self._seen: dict[Any, int] = {}
         self._masks: dict[Any, list[bool]] = {}
         self._recordings: dict[Any, _Recording] = {}

@@ -59,7 +59,7 @@ class RankCallback(TrainerCallback):  # type: ignore[misc]
         self._layers: list[AdaptedLayer] | None = None
         self._parameters: int | None = None
         self._restored: Mapping[str, torch.Tensor] | None = None
-        #: Whether the step under way is measured: hooks on the layers see its passes.
+        #: Whether the step under way is measured: hooks on the layers see its passes, which no replay would call.
         self.measuring = False
         self._skipped = False
 

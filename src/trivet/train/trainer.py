@@ -84,7 +84,7 @@ class Trainer(CheckpointTrainer):
             items=lambda: self.step_supervised,
             finished=lambda: self.finished,
         )
-        self.recorder = Recorder(self._trained) if records else None
+        self.recorder = Recorder(self._trained, on=records)
         self.halver = Halver(self._trained, self._give_up)
         #: Tokens of the step under way, without padding; and those of them that are learned.
         self.step_tokens = self.step_supervised = 0
@@ -105,7 +105,10 @@ class Trainer(CheckpointTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, every part of the model in training mode (one that was just loaded is not)."""
         self.model.train()
-        return super().train(*args, **kwargs)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.recorder.clear()  # their memory is for what comes after
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """A pass over the rows; none where the checkpoint that is resumed from was the training's end."""
@@ -143,9 +146,8 @@ class Trainer(CheckpointTrainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
-        return prepare_data_loader(
-            loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
-        )  # shared out already
+        alone: dict[str, Any] = {"num_processes": 1, "process_index": 0, "put_on_device": True}  # shared out already
+        return prepare_data_loader(loader, self.accelerator.device, **alone)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The micro-batches of one step and the number of supervised items in them, over all devices."""
@@ -233,16 +235,14 @@ class Trainer(CheckpointTrainer):
     def _give_up(self) -> None:
         """A backward pass broke off, for want of memory: it is tried again with fewer rows, and without recordings."""
         self.ranks.give_up()
-        if self.recorder is not None:
-            self.recorder.stop()
+        self.recorder.stop()
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The training loss of a micro-batch: its share of the step's mean."""
         labels = inputs.pop("labels")
-        # What is measured is seen by hooks, which a replay does not call.
-        call = directly if self.recorder is None or self.ranks.measuring else self.recorder
+        call = directly if self.ranks.measuring else self.recorder
         loss = training_loss(model, inputs, labels, num_items_in_batch, task=self.task, z_loss=self.z_loss, call=call)
         return (loss, None) if return_outputs else loss
 
