@@ -96,7 +96,6 @@ def _packed(query: Any, key: Any, value: Any, borders: torch.Tensor, scale: floa
     return torch.cat([attention(first, *beginning, causal=True, scale=scale, dropout=dropout), own], 1)
 
 
-AttentionInterface.register(ATTENTION, _attend)
 #: While `idle_masks` is on: whether the masks so far were none, and which of them are not to be made.
 _NOTED: ContextVar[list[bool] | None] = ContextVar("masks", default=None)
 _KNOWN: ContextVar[Iterator[bool] | None] = ContextVar("known masks", default=None)
@@ -126,4 +125,5 @@ def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     return mask
 
 
+AttentionInterface.register(ATTENTION, _attend)
 AttentionMaskInterface.register(ATTENTION, _mask)

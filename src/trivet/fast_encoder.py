@@ -61,11 +61,8 @@ def encoder_forward(layer: Any, norm: Any, dropout: Any, activated: Any) -> Call
         return None
     if any(names(type(one).forward) != named for one, named in zip(own, _OWN.values(), strict=True)):
         return None
-    given = forwards(parts[: len(_REPLACED)])
-    if given != [norm, norm, dropout, dropout, activated] or names(layer.feed_forward_chunk) != {
-        "intermediate",
-        "output",
-    }:
+    given, chunk = forwards(parts[: len(_REPLACED)]), names(layer.feed_forward_chunk)
+    if given != [norm, norm, dropout, dropout, activated] or chunk != {"intermediate", "output"}:
         return None
     return functools.partial(_encoded, known=given) if _same(layer, given) else None
 
@@ -119,9 +116,8 @@ def _together(layer: Any, x: torch.Tensor, mask: torch.Tensor | None, known: Any
     dropouts = added._modules["dropout"], output._modules["dropout"]
     active = intermediate._modules["intermediate_act_fn"]
     parts = *norms, *dropouts, active
-    if forwards(parts) != known or any(
-        hooked(part) for part in (attention, inner, added, intermediate, output, *parts)
-    ):
+    around = attention, inner, added, intermediate, output
+    if forwards(parts) != known or any(hooked(part) for part in (*around, *parts)):
         return None
     if layer.chunk_size_feed_forward or layer.is_decoder or attention.is_cross_attention or inner.is_causal:
         return None
