@@ -49,8 +49,10 @@ def _attend(
     return attention(query, key, value, attention_mask, causal=causal, scale=scaling, dropout=dropout), None
 
 
-def rows_seen(batch: int, length: int, mask: torch.Tensor | None, borders: torch.Tensor | None) -> torch.Tensor | None:
-    """`rows` of `trivet.kernels.row_attention` for causal attention of a batch to itself; None where there are none.
+def rows_seen(
+    batch: int, length: int, mask: torch.Tensor | None, borders: torch.Tensor | None = None, *, causal: bool = True
+) -> torch.Tensor | None:
+    """`rows` of `trivet.kernels.row_attention` for attention of a batch to itself; None where there are none.
 
     Args:
         mask, borders: what a model's layers are given as `attention_mask` and `cu_seq_lens_q`.
@@ -59,7 +61,7 @@ def rows_seen(batch: int, length: int, mask: torch.Tensor | None, borders: torch
         return None
     if borders is not None and batch == 1 and _says_no_more(mask, borders):
         return rows_between(borders)
-    return rows_of(batch, length, length, mask, causal=mask is None and length > 1)
+    return rows_of(batch, length, length, mask, causal=causal and mask is None and length > 1)
 
 
 def _says_no_more(mask: torch.Tensor | None, borders: torch.Tensor) -> bool:

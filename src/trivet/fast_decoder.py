@@ -14,7 +14,7 @@ import torch
 
 from trivet.adapter.decoder import Norm, Sight
 from trivet.fast_attention import ATTENTION, rows_seen
-from trivet.fast_modules import close, drawn, eps, forwards, hooked, names, own_pass, whole, without_dropout
+from trivet.fast_modules import as_the_parts, drawn, eps, forwards, hooked, names, own_pass, whole
 from trivet.kernels import compiled, native
 from trivet.kernels.row_attention import fits
 
@@ -51,7 +51,6 @@ def decoder_forward(layer: Any, norm: Any, gate: Any) -> Callable[..., torch.Ten
     return functools.partial(_decoded, known=given) if _same(layer, given) else None
 
 
-@torch.enable_grad()
 def _same(layer: Any, known: Any) -> bool:
     """Whether one function gives what the parts give; False too where it doesn't take them."""
     weight, width = layer.input_layernorm.weight, layer.self_attn.head_dim
@@ -59,15 +58,11 @@ def _same(layer: Any, known: Any) -> bool:
         return False
     x, angles = drawn(weight, 2, 24, len(weight)).requires_grad_(), drawn(weight, 1, 24, width // 2).repeat(1, 1, 2)
     turns = angles.cos(), angles.sin()
-
-    def both() -> tuple[Any, Any]:
-        ours = _together(layer, x, None, turns, None, known)
-        return ours, None if ours is None else own_pass(layer)(layer, x, position_embeddings=turns)
-
-    ours, theirs = without_dropout(layer, both)
-    if not isinstance(theirs, torch.Tensor) or ours is None:
-        return False
-    return close(theirs, ours, float(theirs.detach().abs().max()))
+    return as_the_parts(
+        layer,
+        lambda: _together(layer, x, None, turns, None, known),
+        lambda: own_pass(layer)(layer, x, position_embeddings=turns),
+    )
 
 
 def _decoded(self: Any, hidden_states: torch.Tensor, *, known: Any, **given: Any) -> torch.Tensor:

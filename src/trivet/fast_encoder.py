@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from trivet.adapter.encoder import Dropped, LayerNorm, Shape
-from trivet.fast_attention import ATTENTION
-from trivet.fast_modules import close, drawn, forwards, hooked, names, own_pass, whole, without_dropout
+from trivet.fast_attention import ATTENTION, rows_seen
+from trivet.fast_modules import as_the_parts, drawn, forwards, hooked, names, own_pass, whole
 from trivet.kernels import compiled, native
-from trivet.kernels.row_attention import fits, rows_of
+from trivet.kernels.row_attention import fits
 
 #: The modules in a layer that have a forward pass of their class, and all that it speaks of.
 _OWN = {
@@ -67,22 +67,13 @@ def encoder_forward(layer: Any, norm: Any, dropout: Any, activated: Any) -> Call
     return functools.partial(_encoded, known=given) if _same(layer, given) else None
 
 
-@torch.enable_grad()
 def _same(layer: Any, known: Any) -> bool:
     """Whether one function gives what the parts give; False too where it doesn't take them."""
     weight = layer.output.LayerNorm.weight
     if weight is None or weight.device.type != "cpu":
         return False
     x = drawn(weight, 2, 24, len(weight)).requires_grad_()
-
-    def both() -> tuple[Any, Any]:
-        ours = _together(layer, x, None, known)
-        return ours, None if ours is None else own_pass(layer)(layer, x)
-
-    ours, theirs = without_dropout(layer, both)
-    if not isinstance(theirs, torch.Tensor) or ours is None:
-        return False
-    return close(theirs, ours, float(theirs.detach().abs().max()))
+    return as_the_parts(layer, lambda: _together(layer, x, None, known), lambda: own_pass(layer)(layer, x))
 
 
 def _encoded(
@@ -129,10 +120,10 @@ def _together(layer: Any, x: torch.Tensor, mask: torch.Tensor | None, known: Any
             return None
     shares = {dropout.p if dropout.training else 0.0 for dropout in dropouts}
     function = active.__dict__["forward"].__func__.keywords["function"]
-    if len(shares) > 1 or max(shares) == 1 or (mask is not None and mask.requires_grad):
+    if len(shares) > 1 or max(shares) == 1:
         return None
     batch, length, _ = x.shape
-    rows = rows_of(batch, length, length, mask, causal=False)
+    rows = rows_seen(batch, length, mask, causal=False)
     projections = [
         *(inner._modules[name] for name in ("query", "key", "value")),
         *(part._modules["dense"] for part in (added, intermediate, output)),

@@ -8,7 +8,7 @@ does the same for one shape).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,12 +17,10 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from trivet.fast_attention import idle_masks
+from trivet.head import Batch, Compute
 
 log = logging.getLogger("trivet")
 
-Batch = Mapping[str, Any]
-#: What a batch is made into, by a model.
-Compute = Callable[[Batch], torch.Tensor]
 #: How often a shape comes before it is recorded, which takes about as long as two or three steps; and how many are.
 SEEN, KEPT = 2, 64
 
@@ -87,8 +85,7 @@ class Recorder:
         """What tells recordings apart; None where there is none."""
         if not self.on or not torch.is_grad_enabled():
             return None
-        tensors = list(batch.values())
-        if not all(isinstance(value, torch.Tensor) and value.is_cuda for value in tensors):
+        if not all(isinstance(value, torch.Tensor) and value.is_cuda for value in batch.values()):
             return None  # packed rows have numbers too, and their borders are looked at
         return tuple((name, value.shape, value.dtype) for name, value in batch.items())
 

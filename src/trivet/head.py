@@ -18,10 +18,13 @@ from torch import nn
 from trivet.kernels.cross_entropy import Head, linear_cross_entropy
 from trivet.kernels.gather import Unpadded
 
-Call = Callable[[Callable[[Mapping[str, torch.Tensor]], torch.Tensor], Mapping[str, torch.Tensor]], torch.Tensor]
+Batch = Mapping[str, Any]
+#: What a model makes of a batch; and what calls it.
+Compute = Callable[[Batch], torch.Tensor]
+Call = Callable[[Compute, Batch], torch.Tensor]
 
 
-def directly(compute: Callable[..., torch.Tensor], batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def directly(compute: Compute, batch: Batch) -> torch.Tensor:
     """compute(batch)."""
     return compute(batch)
 
@@ -63,7 +66,7 @@ def supervised_losses(
             logits = model(**batch).logits
         return _plain(logits[0], targets, z_loss)
 
-    def states(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def states(batch: Batch) -> torch.Tensor:
         seen: list[torch.Tensor] = []
         with _instead(layer, _held_back(seen, len(head.weight))):
             model(**batch)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from trivet.data.batch import seen
 from trivet.data.encode import IGNORE
-from trivet.head import Call, directly, supervised_losses
+from trivet.head import Batch, Call, directly, supervised_losses
 
 
 def token_losses(
@@ -91,7 +91,7 @@ def training_loss(
             `trivet.graphs.Recorder`, for one.
     """
 
-    def logits(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def logits(batch: Batch) -> torch.Tensor:
         return model(**batch).logits  # type: ignore[no-any-return]
 
     if task == "regression":

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import whole_layers
 from torch import nn
 from transformers import (
     LlamaConfig,
@@ -20,13 +21,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from whole_layers import ids_and_mask, leaves_out, reads_a_repeated_number, shows_hidden_states, watched
 
 import trivet.fast_decoder as fast_decoder
-from trivet import attach
 from trivet.data.batch import Collator
 from trivet.data.encode import Encoded
 from trivet.kernels import compiled
-from trivet.loss import training_loss
 
 pytestmark = pytest.mark.skipif(
     not compiled.multiplies_tiles(), reason="this processor has no AMX, or no C compiler is here"
@@ -64,29 +64,13 @@ def model_of(kind: Any = "llama", dtype: torch.dtype = torch.bfloat16, **setting
 
 
 def adapted(model: Any, **settings: Any) -> Any:
-    found = attach(model, task="causal-lm", **{"lora_rank": 9} | settings)
-    generator = torch.Generator().manual_seed(1)
-    for factor in found.parameters():
-        if factor.requires_grad:
-            factor.data = torch.randn(factor.shape, generator=generator).to(factor.dtype) / 16
-    return found.train()
+    return whole_layers.adapted(model, "causal-lm", **settings)
 
 
 @pytest.fixture
 def together(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each layer's pass was one function."""
-    found, own = [], fast_decoder._together
-
-    def spy(*given: Any) -> torch.Tensor | None:
-        asked = torch.is_grad_enabled()  # else it is looked at whether packed rows stay apart
-        found.extend([True] * asked)  # recomputing ends before the last result is there
-        y = own(*given)
-        if asked and y is None:
-            found[-1] = False
-        return y
-
-    monkeypatch.setattr(fast_decoder, "_together", spy)
-    return found
+    """Whether each layer's pass was one function; without gradient it is looked at whether packed rows stay apart."""
+    return watched(monkeypatch, fast_decoder, torch.is_grad_enabled)
 
 
 def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,10 +78,8 @@ def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def padded(rows: int = 3, length: int = 45) -> dict[str, torch.Tensor]:
-    ids = torch.randint(1, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(2))
-    mask = torch.ones_like(ids)
-    mask[1, length // 2 :] = 0
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    batch = ids_and_mask(rows, length, VOCABULARY)
+    return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
 
 
 def packed() -> dict[str, torch.Tensor]:
@@ -107,11 +89,7 @@ def packed() -> dict[str, torch.Tensor]:
 
 
 def results(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    inputs = dict(batch)
-    labels = inputs.pop("labels")
-    loss = training_loss(model, inputs, labels, task="causal-lm")
-    learn = {name: each for name, each in model.named_parameters() if each.requires_grad}
-    return {"loss": loss.detach(), **dict(zip(learn, torch.autograd.grad(loss, list(learn.values())), strict=True))}
+    return whole_layers.results(model, batch, "causal-lm")
 
 
 def errors(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -171,35 +149,16 @@ def test_a_gradient_that_repeats_one_number_is_read_as_such(together: list[bool]
     together.clear()
     y = model.layers[0](x, position_embeddings=model.rotary_emb(x, torch.arange(45)[None]))
     assert together == [True]
-    learn = [x, *(factor for factor in model.layers[0].parameters() if factor.requires_grad)]
-    one = torch.ones((), dtype=y.dtype)
-    found = [
-        torch.autograd.grad(y, learn, grad, retain_graph=True) for grad in (one.expand(y.shape), torch.ones_like(y))
-    ]
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    reads_a_repeated_number(y, x, model.layers[0])
 
 
 @pytest.mark.parametrize("frozen", ["q_proj.lora_A", "v_proj.lora_B", "o_proj.lora_A", "up_proj.lora_B"])
 def test_what_does_not_learn_has_no_gradient(together: list[bool], frozen: str) -> None:
-    whole = results(adapted(model_of()), padded())
-    model = adapted(model_of())
-    for name, factor in model.named_parameters():
-        factor.requires_grad_(factor.requires_grad and frozen not in name)
-    together.clear()
-    some = results(model, padded())
-    assert together == [True, True] and len(some) == len(whole) - 2
-    assert all(torch.equal(some[name], whole[name]) for name in some)
+    leaves_out(frozen, lambda: adapted(model_of()), lambda model: results(model, padded()), together)
 
 
 def test_an_intermediate_result_is_there_for_who_asks(together: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers hooks attention for its weights, and layers for hidden states."""
-    model = adapted(model_of())
-    inputs = {name: each for name, each in padded().items() if name != "labels"}
-    whole = model(**inputs, output_hidden_states=True)
-    assert together[-2:] == [True, True] and len(whole.hidden_states) == 3
-    in_parts(monkeypatch)
-    for ours, theirs in zip(whole.hidden_states, model(**inputs, output_hidden_states=True).hidden_states, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0.03, atol=0.03 * float(theirs.detach().abs().max()))
+    shows_hidden_states(adapted(model_of()), padded(), together, lambda: in_parts(monkeypatch))
 
 
 def hook(layer: Any) -> None:

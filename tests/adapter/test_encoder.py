@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+import whole_layers
 from torch import nn
 from transformers.models.bert.modeling_bert import BertLayer
+from whole_layers import ids_and_mask, leaves_out, reads_a_repeated_number, shows_hidden_states, watched
 
 import trivet.fast_encoder as fast_encoder
-from trivet import attach
 from trivet.kernels import compiled
-from trivet.loss import training_loss
 
 pytestmark = pytest.mark.skipif(
     not compiled.multiplies_tiles(), reason="this processor has no AMX, or no C compiler is here"
@@ -51,27 +51,13 @@ def model_of(kind: Any = "bert", dtype: torch.dtype = torch.bfloat16, dropout: f
 
 
 def adapted(model: Any, **settings: Any) -> Any:
-    found = attach(model, task="classification", **{"lora_rank": 9} | settings)
-    generator = torch.Generator().manual_seed(1)
-    for name, factor in found.named_parameters():
-        if factor.requires_grad and "lora_" in name:
-            factor.data = torch.randn(factor.shape, generator=generator).to(factor.dtype) / 16
-    return found.train()
+    return whole_layers.adapted(model, "classification", **settings)
 
 
 @pytest.fixture
 def together(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each layer's pass was one function."""
-    found, own = [], fast_encoder._together
-
-    def spy(*given: Any) -> torch.Tensor | None:
-        found.append(True)  # recomputing ends before the last result is there
-        y = own(*given)
-        found[-1] = y is not None
-        return y
-
-    monkeypatch.setattr(fast_encoder, "_together", spy)
-    return found
+    return watched(monkeypatch, fast_encoder)
 
 
 def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,10 +65,7 @@ def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def padded(rows: int = 4, length: int = 24) -> dict[str, torch.Tensor]:
-    ids = torch.randint(1, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(2))
-    mask = torch.ones_like(ids)
-    mask[1, length // 2 :] = 0
-    return {"input_ids": ids, "attention_mask": mask, "labels": torch.arange(rows) % 3}
+    return ids_and_mask(rows, length, VOCABULARY) | {"labels": torch.arange(rows) % 3}
 
 
 def whole_rows() -> dict[str, torch.Tensor]:
@@ -90,11 +73,7 @@ def whole_rows() -> dict[str, torch.Tensor]:
 
 
 def results(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    inputs = dict(batch)
-    labels = inputs.pop("labels")
-    loss = training_loss(model, inputs, labels, task="classification")
-    learn = {name: each for name, each in model.named_parameters() if each.requires_grad}
-    return {"loss": loss.detach(), **dict(zip(learn, torch.autograd.grad(loss, list(learn.values())), strict=True))}
+    return whole_layers.results(model, batch, "classification")
 
 
 def of_layer(layer: Any, x: torch.Tensor, mask: torch.Tensor | None, grad: torch.Tensor) -> list[torch.Tensor]:
@@ -203,36 +182,18 @@ def test_a_gradient_that_repeats_one_number_is_read_as_such(together: list[bool]
     together.clear()
     y = layer(x)
     assert together == [True]
-    learn = [x, *(factor for factor in layer.parameters() if factor.requires_grad)]
-    one = torch.ones((), dtype=y.dtype)
-    found = [
-        torch.autograd.grad(y, learn, grad, retain_graph=True) for grad in (one.expand(y.shape), torch.ones_like(y))
-    ]
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    reads_a_repeated_number(y, x, layer)
 
 
 @pytest.mark.parametrize(
     "frozen", ["query.lora_A", "value.lora_B", "attention.output.dense.lora_A", "intermediate.dense.lora_B"]
 )
 def test_what_does_not_learn_has_no_gradient(together: list[bool], frozen: str) -> None:
-    whole = results(adapted(model_of()), padded())
-    model = adapted(model_of())
-    for name, factor in model.named_parameters():
-        factor.requires_grad_(factor.requires_grad and frozen not in name)
-    together.clear()
-    some = results(model, padded())
-    assert together == [True, True] and len(some) == len(whole) - 2
-    assert all(torch.equal(some[name], whole[name]) for name in some)
+    leaves_out(frozen, lambda: adapted(model_of()), lambda model: results(model, padded()), together)
 
 
 def test_an_intermediate_result_is_there_for_who_asks(together: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = adapted(model_of())
-    inputs = {name: each for name, each in padded().items() if name != "labels"}
-    whole = model(**inputs, output_hidden_states=True)
-    assert together[-2:] == [True, True] and len(whole.hidden_states) == 3
-    in_parts(monkeypatch)
-    for ours, theirs in zip(whole.hidden_states, model(**inputs, output_hidden_states=True).hidden_states, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0.03, atol=0.03 * float(theirs.detach().abs().max()))
+    shows_hidden_states(adapted(model_of()), padded(), together, lambda: in_parts(monkeypatch))
 
 
 def hook(layer: Any) -> None:

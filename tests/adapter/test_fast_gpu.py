@@ -64,9 +64,9 @@ def test_copies_made_at_once_change_nothing(dropout: float, monkeypatch: pytest.
     made, seen = model(dropout), []
     adapted = fast_gpu.adapted
 
-    def noted(x: torch.Tensor, given: Any, *rest: Any) -> Any:
-        seen.extend(one.halves for one in given)
-        return adapted(x, given, *rest)
+    def noted(x: torch.Tensor, given: Any, halves: Any, *rest: Any) -> Any:
+        seen.extend(halves)
+        return adapted(x, given, halves, *rest)
 
     monkeypatch.setattr(fast_gpu, "adapted", noted)
     with_copies = gradients(made)

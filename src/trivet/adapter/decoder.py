@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from trivet.adapter import gated
 from trivet.adapter.adapted import Adapted, apart, gradients, together
+from trivet.adapter.attention import gradients_of_projected, heads, projected
 from trivet.kernels import native, row_attention
 from trivet.kernels.heap import empty
 
@@ -62,15 +63,14 @@ class _AdaptedDecoder(torch.autograd.Function):
         *tensors, settings = given
         (first_eps, second_eps), seen, weights, layers = ctx.settings = settings
         q, k, v, o, *feed = together(tensors, layers)
-        batch, length, _ = x.shape
-        rows = x.view(batch * length, -1)
+        batch, rows = len(x), x.view(-1, x.shape[-1])
         read = native.rms_norm(rows, first, first_eps)[0]
-        made = [empty(batch, length, len(layer.b), like=x) for layer in (q, k, v)]
-        of = [layer.forward(read, out.view(len(rows), -1)) for layer, out in zip((q, k, v), made, strict=True)]
-        query, key = (native.rotate(_heads(each, cos), cos, sin) for each in made[:2])
-        value = _heads(made[2], cos)
+        made, of = projected(read, (q, k, v), batch)
+        width = cos.shape[-1]
+        query, key = (native.rotate(heads(each, width), cos, sin) for each in made[:2])
+        value = heads(made[2], width)
         attended = empty(*made[0].shape, like=x)
-        native.row_attention(query, key, value, _heads(attended, cos), seen, weights)
+        native.row_attention(query, key, value, heads(attended, width), seen, weights)
         middle, y = empty(*rows.shape, like=x), empty(*x.shape, like=x)
         of.append(o.forward(attended.view(len(rows), -1), middle, plus=rows))
         read = native.rms_norm(middle, second, second_eps)[0]
@@ -95,18 +95,11 @@ class _AdaptedDecoder(torch.autograd.Function):
 
         in_attended = empty(*attended.shape, like=grad)
         of_o = o.backward(g, attended.view(len(rows), -1), of[3], in_attended.view(len(rows), -1))
-        in_query, in_key, in_value = row_attention.gradients(_heads(in_attended, cos), query, key, value, seen, weights)
+        by_head = heads(in_attended, cos.shape[-1])
+        in_query, in_key, in_value = row_attention.gradients(by_head, query, key, value, seen, weights)
         turned = (native.rotate(each, cos, sin, back=True) for each in (in_query, in_key))
         read, inverse = native.rms_norm(rows, first, first_eps)
         target = through if ctx.needs_input_grad[0] else None
-        of_read: list[Any] = []
-        for layer, each, kept in zip((q, k, v), (*turned, in_value), of[:3], strict=True):
-            flat = each.transpose(1, 2).reshape(len(rows), -1)
-            of_read.append(layer.backward(flat, read, kept, target, plus=target if of_read else None))
+        of_read = gradients_of_projected((*turned, in_value), read, (q, k, v), of[:3], target)
         dx = native.rms_norm_backward(through, rows, first, inverse, g).view(x.shape) if target is not None else None
         return dx, None, None, None, None, *gradients((*of_read, of_o, *of_feed)), None
-
-
-def _heads(x: torch.Tensor, cos: torch.Tensor) -> torch.Tensor:
-    """(batch, length, features) as (batch, heads, length, width)."""
-    return x.unflatten(-1, (-1, cos.shape[-1])).transpose(1, 2)

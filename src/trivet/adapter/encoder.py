@@ -14,6 +14,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from trivet.adapter.adapted import Adapted, apart, gradients, together
+from trivet.adapter.attention import gradients_of_projected, heads, projected
 from trivet.kernels import native, row_attention
 from trivet.kernels.activation import Activation, computed, gradient
 from trivet.kernels.heap import empty
@@ -75,13 +76,12 @@ class _AdaptedEncoder(torch.autograd.Function):
         (w1, b1, w2, b2), tensors = given[:4], given[4:-1]
         shape, (eps1, eps2), settings = ctx.settings = given[-1]
         q, k, v, o, widening, narrowing = together(tensors, settings)
-        batch, length, features = x.shape
-        rows = x.view(batch * length, features)
-        made = [empty(batch, length, len(layer.b), like=x) for layer in (q, k, v)]
-        of = [layer.forward(rows, out.view(len(rows), -1)) for layer, out in zip((q, k, v), made, strict=True)]
-        query, key, value = (_heads(each, shape.width) for each in made)
+        batch, _, features = x.shape
+        rows = x.view(-1, features)
+        made, of = projected(rows, (q, k, v), batch)
+        query, key, value = (heads(each, shape.width) for each in made)
         attended = empty(*made[0].shape, like=x)
-        native.row_attention(query, key, value, _heads(attended, shape.width), shape.rows, shape.weights)
+        native.row_attention(query, key, value, heads(attended, shape.width), shape.rows, shape.weights)
         first, of_o = _added(o, attended.view(len(rows), -1), rows, shape.dropped, 0)
         middle, *of_first = torch.native_layer_norm(first, (features,), w1, b1, eps1)
         wide = empty(len(rows), len(widening.b), like=x)
@@ -119,15 +119,10 @@ class _AdaptedEncoder(torch.autograd.Function):
         in_attended = empty(*attended.shape, like=grad)
         flat = in_attended.view(first.shape[0], -1)
         of_o = o.backward(shape.dropped.of(g, 0), attended.view(flat.shape), of[3], flat)
-        in_heads = row_attention.gradients(
-            _heads(in_attended, shape.width), query, key, value, shape.rows, shape.weights
-        )
+        by_head = heads(in_attended, shape.width)
+        in_heads = row_attention.gradients(by_head, query, key, value, shape.rows, shape.weights)
         dx = empty(*rows.shape, like=rows) if ctx.needs_input_grad[0] else None
-        of_rows: list[Any] = []
-        for layer, each, turned in zip((q, k, v), in_heads, of[:3], strict=True):
-            flat = each.transpose(1, 2).reshape(len(rows), -1)
-            plus = None if dx is None else dx if of_rows else g
-            of_rows.append(layer.backward(flat, rows, turned, dx, plus=plus))
+        of_rows = gradients_of_projected(in_heads, rows, (q, k, v), of[:3], dx, plus=g)
         dx = None if dx is None else dx.view(x.shape)
         return dx, None, None, None, None, *gradients((*of_rows, of_o, of_wide, of_narrow)), None
 
@@ -139,8 +134,3 @@ def _added(
     out = empty(*stream.shape, like=x)
     kept = layer.forward(x, out, plus=None if dropped.share else stream)
     return dropped.of(out, sum_).add_(stream) if dropped.share else out, kept
-
-
-def _heads(x: torch.Tensor, width: int) -> torch.Tensor:
-    """(batch, length, features) as (batch, heads, length, width)."""
-    return x.unflatten(-1, (-1, width)).transpose(1, 2)

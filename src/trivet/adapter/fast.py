@@ -69,11 +69,8 @@ class FastLinear(MergingLinear):
         parts: list[Any] = [part, *(each._like(x, name, part) for each in others)]
         if None in parts:
             others, parts = [], [part]
-        given = [
-            fast_gpu.Given(one.a, one.b, vars(layer).get("halves", {}).get(name), one.weight, one.bias, one.transposed)
-            for layer, one in zip((self, *others), parts, strict=True)
-        ]
-        y, *rest = fast_gpu.adapted(x, given, part.scale, p, seed)
+        halves = [vars(layer).get("halves", {}).get(name) for layer in (self, *others)]
+        y, *rest = fast_gpu.adapted(x, parts, halves, p, seed)
         if siblings is not None:
             siblings.keep(others, x, rest)
         return y  # type: ignore[no-any-return]

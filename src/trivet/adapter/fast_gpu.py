@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from trivet.adapter.adapted import Adapted
 from trivet.kernels.dropout import dropped
 from trivet.kernels.recipe import kept_for, rows_from
 
@@ -36,10 +37,10 @@ class Halves:
         self.siblings: list[Siblings] = []
 
     def begin(self, *_: Any) -> None:
-        for siblings in self.siblings:
-            siblings.begin()
         if not self.layers or not wanted(next(self.layers[0].parameters())):
             return
+        for siblings in self.siblings:
+            siblings.begin()
         places: dict[tuple[torch.device, torch.dtype], list[tuple[Any, str, torch.Tensor, torch.Tensor]]] = {}
         for layer in self.layers:
             parts = layer._modules  # a module's attributes are looked up slowly, and these are thousands in a model
@@ -130,25 +131,14 @@ def _version(x: torch.Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-class Given(NamedTuple):
-    """A layer's part of the product: A, B, their 16-bit copies or None, W and bias, and whether W is transposed."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    halves: tuple[torch.Tensor, torch.Tensor] | None
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    transposed: bool
-
-    @property
-    def w(self) -> torch.Tensor:
-        return self.weight if self.transposed else self.weight.T
+#: A layer's A and B in 16 bits, where they have been made.
+Half = tuple[torch.Tensor, torch.Tensor] | None
 
 
-def adapted(x: torch.Tensor, layers: Sequence[Given], scale: float, p: float = 0.0, seed: int = 0) -> Any:
-    """y = x Wᵀ + bias + s (drop(x) Aᵀ) Bᵀ of each layer, with gradients in x, A and B alone."""
+def adapted(x: torch.Tensor, layers: Sequence[Adapted], halves: Sequence[Half], p: float = 0.0, seed: int = 0) -> Any:
+    """y = x Wᵀ + bias + s (drop(x) Aᵀ) Bᵀ of each layer, of one scale s; with gradients in x, A and B alone."""
     tensors = [each for layer in layers for each in layer[:2]]
-    return _AdaptedLinear.apply(x, layers, scale, p, seed, *tensors)
+    return _AdaptedLinear.apply(x, layers, halves, p, seed, *tensors)
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -156,12 +146,13 @@ class _AdaptedLinear(torch.autograd.Function):
     is read beside a product's own tensors is read while it computes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Any, layers: Any, scale: float, p: float, seed: int, *factors: Any) -> Any:
-        rows = x.reshape(-1, x.shape[-1])
-        small = [(one.a.to(x.dtype), one.b.to(x.dtype)) if one.halves is None else one.halves for one in layers]
+    def forward(ctx: Any, x: Any, layers: Any, halves: Any, p: float, seed: int, *factors: Any) -> Any:
+        rows, scale = x.reshape(-1, x.shape[-1]), layers[0].scale / (1 - p)
+        made = zip(layers, halves, strict=True)
+        small = [(one.a.to(x.dtype), one.b.to(x.dtype)) if half is None else half for one, half in made]
         a = small[0][0] if len(small) == 1 else torch.cat([each for each, _ in small])
         ranks = [len(each) for each, _ in small]
-        inner = _scaled(dropped(rows, p, seed), a.T, scale / (1 - p))
+        inner = _scaled(dropped(rows, p, seed), a.T, scale)
         results = []
         for one, (_, b), part in zip(layers, small, inner.split(ranks, 1), strict=True):
             y = x.new_empty(*x.shape[:-1], one.w.shape[1])  # no view of another tensor: it may be changed in place
@@ -174,7 +165,7 @@ class _AdaptedLinear(torch.autograd.Function):
         weights = [one.weight for one in layers]
         ctx.save_for_backward(inner, a, *(b for _, b in small), *weights, *kept)
         ctx.settings = ranks, [(one.transposed, one.a.dtype, one.b.dtype) for one in layers]
-        ctx.of_adapter, ctx.shape = (scale / (1 - p), p, seed), x.shape
+        ctx.of_adapter, ctx.shape = (scale, p, seed), x.shape
         return tuple(results)
 
     @staticmethod
